@@ -1,0 +1,697 @@
+# SPDX-License-Identifier: MIT
+"""AIRA (Activation-Informed Low-Rank Adaptation, ICCV 2025) for PyTorch, all of it in this one file.
+
+LoRA fine-tunes a frozen weight W (out, in) through a low-rank difference, y = (W + B A) x; it starts from random A
+and zero B, with one rank for every layer.  AIRA first runs the model on a few batches and lets the activations
+decide.  The parts of this file, in the paper's order:
+
+    1  statistics     how loud each input channel is, and in which directions the inputs lie
+    2  start          an outlier-weighted SVD of W gives the first factors
+    3  ranks          each layer gets its own rank, within the parameter budget of plain LoRA
+    4  AiraLinear     training amplifies the updates of the weights that the activations call significant
+    5  apply_aira     puts it together, in place
+    6  merge, remove, save, load, export
+
+Usage, around an existing training loop:
+
+    report = apply_aira(model, lambda: [model(x) for x in few_batches])     # then the optimizer, then torch.compile
+    ...                                                                     # train as before
+    torch.save(aira_state_dict(model), "adapter.pt")
+
+An independent re-implementation from the paper's abstract, the released code and the works below; "Departure" marks
+every place where it does something else, and why.  But: only nn.Linear and Hugging Face's Conv1D, no quantised
+weights, one adapter a model, apply before sharding.
+
+AIRA: ICCV 2025, github.com/lliai/LoRA-Zoo.  LoRA: arXiv 2106.09685.  Outlier score, OWL: arXiv 2310.05175.
+Activation-weighted SVD, ASVD: arXiv 2312.05821.  SVD start, PiSSA: arXiv 2404.02948.
+"""
+import contextlib
+import heapq
+import json
+import math
+import os
+import sys
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ---- 1. Statistics -------------------------------------------------------------------------------------------------
+# One pass over the calibration batches.  Of a layer's inputs x_1 .. x_N (its "tokens") we keep running sums only:
+#
+#     rms_j = sqrt(mean_n x_nj^2)          loudness of input channel j                                   (in,)
+#     C Omega,  C = mean_n x_n x_n^T       their second moment, seen through a random narrow Omega       (in, k + 16)
+#     mean_n ||y_n||_2                     the output's size, by which the released code ranks layers    a number
+
+
+class Statistics:
+    """Sums over one layer's tokens, in float32, O(k in) numbers however many tokens pass."""
+
+    def __init__(self, in_features, k, device):
+        self.k = k
+        self.sums = torch.zeros(2 + in_features, device=device)  # tokens, sum of ||y||, sums of x_j^2
+        omega = torch.randn(in_features, min(in_features, k + 16 if k else 0), generator=torch.Generator().manual_seed(0))
+        self.omega = torch.linalg.qr(omega)[0].to(device)  # (in, k + 16), the same on every process
+        self.sketch = torch.zeros_like(self.omega)
+
+    def hook(self, layer, args, kwargs, y):
+        """Forward hook: take in the layer's inputs x (..., in) and outputs y (..., out)."""
+        x = args[0] if args else next(iter(kwargs.values()))
+        with torch.autocast(x.device.type, enabled=False):
+            x, y = (t.detach().reshape(-1, t.shape[-1]).float() for t in (x, y))
+            self.sums[0] += len(x)
+            self.sums[1] += y.norm(dim=1).sum()
+            self.sums[2:] += x.square().sum(0)
+            self.sketch += x.T @ (x @ self.omega)
+
+    def finish(self, name):
+        """Sums over all processes, checked, to tokens, output_norm, rms (in,) and sketch = C Omega."""
+        if dist.is_available() and dist.is_initialized():  # all processes must come out with the same ranks
+            dist.all_reduce(self.sums)
+            dist.all_reduce(self.sketch)
+        self.tokens = int(self.sums[0])
+        if self.tokens == 0:
+            raise ValueError(f"calibrate never called layer {name!r}, so an adapter there might do nothing: run it in "
+                             "calibrate, or leave it out of targets")
+        if not (self.sums.isfinite().all() and self.sketch.isfinite().all()):
+            raise ValueError(f"layer {name!r} saw NaN or inf in calibration: check the batches and the model's weights")
+        self.output_norm = float(self.sums[1]) / self.tokens
+        self.rms = (self.sums[2:] / self.tokens).sqrt()
+        self.sketch /= self.tokens
+
+
+def principal_directions(sketch, omega, k):
+    """The k largest eigenpairs of C from sketch = C omega alone (Nystrom approximation; Tropp et al., 2017):
+
+        C ~ Y (Omega^T Y)^-1 Y^T ;   Omega^T Y = L L^T ;   Y L^-T = U diag(s) V^T   =>   C ~ U diag(s^2) U^T
+
+    sketch, omega (in, q), q >= k -> directions (in, k), orthonormal, and eigenvalues (k,), falling.  Exact for q = in.
+    """
+    omega = omega.double()
+    shift = 1e-7 * sketch.double().norm() + 1e-30  # keeps L real; taken off again at the end
+    y = sketch.double() + shift * omega
+    gram = omega.T @ y
+    L = torch.linalg.cholesky((gram + gram.T) / 2)
+    u, s, _ = torch.linalg.svd(torch.linalg.solve_triangular(L, y.T, upper=False).T, full_matrices=False)
+    return u[:, :k], (s[:k].square() - shift).clamp_min(0)
+
+
+# ---- 2. Outlier-weighted SVD ---------------------------------------------------------------------------------------
+
+
+def outlier_weighted_svd(weight, channel_rms, rank):
+    """The paper's start: the rank-r factors that lose least where the inputs are loud.
+
+    Plain SVD minimises ||W - B A||_F, as if every input channel mattered equally.  With S = diag(channel_rms),
+
+        minimise ||(W - B A) S||_F   =>   W S = U diag(s) V^T ,   B = U_r diag(s_r)^.5 ,   A = diag(s_r)^.5 V_r^T S^-1
+
+    is the optimum among all rank-r pairs (Eckart-Young).  weight (out, in), channel_rms (in,) -> B (out, rank),
+    A (rank, in), in at least float32.  Silent channels count as 1e-4 of the mean, so that S^-1 is finite.  Exact for
+    the smaller side up to 256; above it randomised, but seeded.  ValueError for a rank or channel_rms that does not fit.
+
+    Departure: the released code decomposes the unweighted W, and slices torch.svd's V as if it were V^T.
+    """
+    if not 1 <= rank <= min(weight.shape) or channel_rms.shape != weight.shape[1:]:
+        raise ValueError(f"rank={rank} and channel_rms of shape {tuple(channel_rms.shape)} do not fit a weight of shape "
+                         f"{tuple(weight.shape)}: use a rank of 1 .. {min(weight.shape)} and {weight.shape[1]} channels")
+    dtype = torch.promote_types(weight.dtype, torch.float32)  # half precision has no SVD
+    rms = channel_rms.to(dtype)
+    rms = rms.clamp_min(1e-4 * rms.mean()) if rms.any() else torch.ones_like(rms)
+    scaled = weight.detach().to(dtype) * rms  # W S
+    if min(weight.shape) <= max(256, 4 * rank):
+        u, s, vt = torch.linalg.svd(scaled, full_matrices=False)
+    else:
+        with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
+            torch.manual_seed(0)
+            u, s, v = torch.svd_lowrank(scaled, q=2 * rank, niter=4)  # q = rank is 100 times less accurate
+        vt = v.T
+    root = s[:rank].sqrt()
+    return u[:, :rank] * root, root[:, None] * vt[:rank] / rms
+
+
+# ---- 3. Ranks ------------------------------------------------------------------------------------------------------
+# A rank-r adapter takes cost_l * r parameters, cost_l = in + out, and each further unit of rank is worth less:
+#
+#     maximise  sum_l theta_l log r_l     subject to   sum_l cost_l r_l <= budget ,   min_rank <= r_l <= max_l ,   integers
+#
+# where theta_l is the importance of layer l.  Departure: the released code solves this for real numbers with SciPy and
+# truncates, which leaves some 6 % of the budget unspent.
+
+
+def outlier_score(weight, channel_rms, threshold=2.0):
+    """How much outlier a layer holds.  A_ij = |W_ij| rms_j is the significance of a weight (OWL); its outliers are the
+    A_ij above threshold * mean(A).  weight (out, in), channel_rms (in,) -> (mass, fraction): the outliers' sum, in units
+    of activation, and their share of the entries, 0 .. 1.
+
+    Departure: OWL and the released code use the fraction, at threshold 5.  It is blind to a layer's size and scale.
+    """
+    A = weight.detach().float().abs() * channel_rms.float()
+    outliers = A[A > threshold * A.mean()]
+    return float(outliers.double().sum()), outliers.numel() / A.numel()
+
+
+def _least_ranks(importance, costs, budget, min_rank, max_ranks):
+    """Check the problem; return every layer's least rank, theta > 0, and what is left of the budget then."""
+    theta = np.asarray(importance, dtype=float)
+    if not len(theta) == len(costs) == len(max_ranks) > 0:
+        raise ValueError(f"got {len(theta)} importances, {len(costs)} costs, {len(max_ranks)} max_ranks: one of each a layer")
+    if not (np.isfinite(theta).all() and min([min_rank, *costs, *max_ranks]) >= 1 and theta.min() >= 0):
+        raise ValueError(f"importance={importance} must be finite and >= 0; min_rank={min_rank}, costs={costs} and "
+                         f"max_ranks={max_ranks} must be >= 1")
+    # A layer of no importance grows last; if none has any, all count the same.
+    theta = np.maximum(theta, 1e-9 * theta.max()) if theta.any() else np.ones_like(theta)
+    ranks = [min(min_rank, most) for most in max_ranks]
+    least = sum(cost * r for cost, r in zip(costs, ranks))
+    if least > budget:
+        raise ValueError(f"budget={budget} is too small: min_rank={min_rank} takes at least {least}; raise it or lower min_rank")
+    return ranks, theta, budget - least
+
+
+def greedy_ranks(importance, costs, budget, min_rank, max_ranks):
+    """Spend the budget one unit of rank at a time, where theta log((r + 1) / r) / cost is largest.
+
+    importance, costs (int parameters a unit of rank) and max_ranks: one number a layer; budget in parameters -> list
+    of ints.  Optimal if all costs are equal.  ValueError for a budget below min_rank everywhere.
+    """
+    ranks, theta, left = _least_ranks(importance, costs, budget, min_rank, max_ranks)
+    heap = []
+
+    def offer(l):
+        if ranks[l] < max_ranks[l]:
+            heapq.heappush(heap, (-theta[l] * math.log1p(1 / ranks[l]) / costs[l], l))
+
+    for l in range(len(ranks)):
+        offer(l)
+    while heap:
+        l = heapq.heappop(heap)[1]
+        if costs[l] <= left:  # else the layer is done, for `left` only shrinks
+            ranks[l] += 1
+            left -= costs[l]
+            offer(l)
+    return ranks
+
+
+def knapsack_ranks(importance, costs, budget, min_rank, max_ranks):
+    """The exact optimum, for any costs.  Arguments, result and errors as for greedy_ranks.
+
+    Layers of one cost compete by gain alone, and a layer's gains fall with its rank; so the best n units for such a class
+    are its n largest gains, and value[n], their sum, is all we need to know of it.  Dynamic programming over the budget,
+    in units of the costs' common divisor, joins the few classes that a network has.
+    """
+    ranks, theta, left = _least_ranks(importance, costs, budget, min_rank, max_ranks)
+    unit = math.gcd(*costs)
+    left //= unit
+    classes = []  # (cost, the layers that get the first n units, value of the first n units)
+    for cost in sorted(set(costs)):
+        gains = sorted(((theta[l] * math.log1p(1 / r), l) for l in range(len(ranks)) if costs[l] == cost
+                        for r in range(ranks[l], max_ranks[l])), key=lambda gain: -gain[0])[: left * unit // cost]
+        classes.append((cost // unit, [l for _, l in gains], np.cumsum([0.0] + [gain for gain, _ in gains])))
+    classes.sort(key=lambda c: len(c[1]))  # the largest class comes last: it is asked at the full budget only
+    tables = [np.zeros(left + 1)]  # tables[i][b]: the most value that the first i classes make of b units
+    for step, _, value in classes[:-1]:
+        best = tables[-1].copy()
+        if len(tables) == 1:  # nothing to share with yet
+            best = value[np.minimum(np.arange(left + 1) // step, len(value) - 1)]
+        else:
+            for n in range(1, len(value)):
+                np.maximum(best[n * step:], tables[-1][: left + 1 - n * step] + value[n], out=best[n * step:])
+        tables.append(best)
+    for (step, layers, value), best in zip(reversed(classes), reversed(tables)):
+        value = value[: left // step + 1]
+        n = int(np.argmax(best[left - step * np.arange(len(value))] + value))
+        left -= n * step
+        for l in layers[:n]:
+            ranks[l] += 1
+    return ranks
+
+
+# ---- 4. AiraLinear -------------------------------------------------------------------------------------------------
+# The paper amplifies the updates of significant weights.  Multiplying a gradient by a constant would be a placebo, for
+# Adam divides it out again.  So we change coordinates: training moves lora_A, and the layer computes with
+#
+#     A = A0 + lora_A G          G (in, in) symmetric, fixed at calibration
+#
+# Where G stretches a direction, updates there are amplified twice: the gradient reaches lora_A through G, and the step
+# goes through G again (G^2 in all under SGD, G under Adam).  Which G?  A few directions carry nearly all the energy of
+# the inputs and drown the others, in A x and in its gradient.  So G = C^-p, C = mean x x^T = Q diag(lambda) Q^T, lets
+# the quiet directions be heard.  The k loudest are kept and the rest count as one average: G = c I + Q_k diag(d) Q_k^T
+# is k * in numbers, and never a matrix.
+#
+# Departure: the released code multiplies the adapter's output by a gate in [0, 1] made from the batch at hand, which only
+# attenuates, ties a sample to its batch, and is lost on merging.  A fixed G folds into dW exactly.
+
+
+def input_gain(rms, directions, eigenvalues, power, damping=1e-2):
+    """G ~ (C + damping * mean(lambda) I)^-power, scaled so that |G x|^2 is `in` on average.
+
+    rms (in,), directions (in, k), eigenvalues (k,) -> gain (in,), stretch (k,):
+    G = diag(gain) + directions diag(stretch) directions^T.  For k = 0, C's diagonal stands for C.
+    """
+    n, k = directions.shape
+    total = rms.square().sum()
+    floor = damping * total / n + 1e-30
+    if k == 0:
+        gain = (rms.square() + floor) ** -power
+        return gain * (n / (gain * rms).square().sum().clamp_min(1e-30)).sqrt(), eigenvalues
+    rest = (total - eigenvalues.sum()).clamp_min(0)
+    loud, quiet = (eigenvalues + floor) ** -power, (rest / max(n - k, 1) + floor) ** -power
+    energy = (loud.square() * eigenvalues).sum() + quiet.square() * rest
+    scale = (n / energy.clamp_min(1e-30)).sqrt()
+    return (scale * quiet).repeat(n), scale * (loud - quiet)
+
+
+class AiraLinear(nn.Module):
+    """A frozen linear layer and its low-rank difference,  y = base(x) + B A x - B0 A0 x.
+
+    base                nn.Linear or Conv1D, frozen; its weight is never touched
+    lora_A, lora_B      (r, in), (out, r), trainable, zero at the start:  A = A0 + lora_A G ,  B = B0 + lora_B
+    start_A, start_B    A0 and B0, frozen; start_B is None where B0 = 0, and this is exactly a LoRA layer
+    gain, directions, stretch       G, frozen, as input_gain returns it; None for G = I
+
+    Training differences keeps the output at the start the base model's bit for bit in any dtype, and weight decay off
+    the pretrained weights.  The frozen tensors are parameters because DDP would broadcast buffers at every step.
+    """
+
+    def __init__(self, base, start_A, start_B=None, gain=None, directions=None, stretch=None, lora_A=None, lora_B=None):
+        super().__init__()
+        rank, self.in_features = start_A.shape
+        self.out_features = base.weight.numel() // self.in_features
+        self.base, self.enabled = base, True
+        dtype = torch.promote_types(base.weight.dtype, torch.float32)  # half precision would lose small updates
+        lora_A = start_A.new_zeros(rank, self.in_features) if lora_A is None else lora_A
+        lora_B = start_A.new_zeros(self.out_features, rank) if lora_B is None else lora_B
+        for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B), ("start_A", start_A), ("start_B", start_B),
+                             ("gain", gain), ("directions", directions), ("stretch", stretch)):
+            if tensor is not None:
+                tensor = nn.Parameter(tensor.detach().to(base.weight.device, dtype, copy=True), name.startswith("lora_"))
+            self.register_parameter(name, tensor)
+        self.train(base.training)
+
+    def factors(self):
+        """B (out, r) and A (r, in) of the difference, dW = B A, as plain LoRA; of rank 2r where B0 is not zero:
+
+            dW  =  (B0 + lora_B) (A0 + lora_A G) - B0 A0  =  [B0 + lora_B | lora_B] [lora_A G ; A0]
+        """
+        moved = self.lora_A
+        if self.gain is not None:
+            moved = times_gain(moved, self.gain, self.directions, self.stretch)
+        if self.start_B is None:
+            return self.lora_B, self.start_A + moved
+        return torch.cat([self.start_B + self.lora_B, self.lora_B], 1), torch.cat([moved, self.start_A])
+
+    def forward(self, x):
+        y = self.base(x)
+        if not self.enabled:
+            return y
+        B, A = self.factors()  # the product B A would be (out, in), and is never formed here
+        return y + F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
+
+    def delta(self):
+        """dW (out, in)."""
+        B, A = self.factors()
+        return B @ A
+
+    @property
+    def weight(self):
+        """W + dW in the base's layout and dtype, for stock modules that read a layer's weight instead of calling it (the
+        fused path of nn.TransformerEncoderLayer, nn.MultiheadAttention)."""
+        if not self.enabled:
+            return self.base.weight
+        delta = self.delta().T if is_conv1d(self.base) else self.delta()
+        return (self.base.weight.to(delta.dtype) + delta).to(self.base.weight.dtype)
+
+    @property
+    def bias(self):
+        return self.base.bias
+
+    def extra_repr(self):
+        return f"rank={len(self.lora_A)}"
+
+
+def times_gain(rows, gain, directions, stretch):
+    """rows (r, in) times G, without forming G."""
+    return torch.addmm(rows * gain, (rows @ directions) * stretch, directions.T)
+
+
+def _out_in(layer):
+    """The layer's weight as (out, in)."""
+    return layer.weight.detach().T if is_conv1d(layer) else layer.weight.detach()
+
+
+def is_conv1d(module):
+    """Hugging Face's Conv1D (GPT-2) is a linear layer that stores its weight as (in, out)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+# ---- 5. apply_aira -------------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """What apply_aira did to one layer."""
+    name: str
+    shape: tuple  # (out, in)
+    tokens: int
+    score: float  # importance
+    rank: int
+    parameters: int
+
+
+class Report(NamedTuple):
+    """What apply_aira did, printed as a table."""
+    rows: list
+    budget: int  # parameters
+    skipped: dict  # name -> reason
+
+    def __str__(self):
+        spent = sum(row.parameters for row in self.rows)
+        table = [("layer", "out x in", "tokens", "score", "rank", "parameters")]
+        table += [(row.name, "%d x %d" % row.shape, f"{row.tokens:,}", f"{row.score:.4g}", str(row.rank), f"{row.parameters:,}")
+                  for row in self.rows] + [("total", "", "", "", "", f"{spent:,}")]
+        wide = [max(map(len, column)) for column in zip(*table)]
+        lines = ["  ".join([cells[0].ljust(wide[0])] + [c.rjust(w) for c, w in zip(cells[1:], wide[1:])]) for cells in table]
+        lines.append(f"budget {self.budget:,} parameters, {spent / self.budget:.1%} spent")
+        return "\n".join(lines + [f"skipped {name}: {reason}" for name, reason in self.skipped.items()])
+
+
+def _matches(name, wanted):
+    """Whether `wanted` is the module's name or its end after a dot, as in PEFT's target_modules."""
+    return name == wanted or name.endswith("." + wanted)
+
+
+def _check_weight(name, layer):
+    weight = layer._parameters.get("weight")
+    if weight is None or nn.parameter.is_lazy(weight) or hasattr(weight, "device_mesh") or weight.is_meta or weight.dim() != 2 or not weight.numel():
+        raise ValueError(f"layer {name!r} has no plain two-dimensional weight (lazy, meta, empty, sharded or parametrised): "
+                         "load the model first, call apply_aira before sharding it, or leave the layer out of targets")
+    if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"layer {name!r} has a {weight.dtype} weight; AIRA takes float16, bfloat16, float32 and float64: "
+                        "dequantise the model, or leave the layer out of targets")
+    if not weight.isfinite().all():
+        raise ValueError(f"layer {name!r} has NaN or inf in its weight: mend the checkpoint, or leave the layer out of targets")
+
+
+def _find_layers(model, targets, also_train):
+    """{name: layer} to adapt, and {name: reason} for those that could not or should not be."""
+    if any(isinstance(module, AiraLinear) for module in model.modules()):
+        raise ValueError("the model already has AIRA adapters: call merge_aira or remove_aira first")
+    if isinstance(model, nn.Linear) or is_conv1d(model):
+        raise ValueError(f"the model is itself a {type(model).__name__} and cannot be replaced in place: wrap it, as in "
+                         "nn.Sequential(layer)")
+    owners = {}  # a weight with two owners is tied: merging would change the other one too
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    layers, skipped = {}, {}
+    for name, module in model.named_modules():
+        if not (isinstance(module, nn.Linear) or is_conv1d(module)):
+            continue
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if any(name == trained or name.startswith(trained + ".") for trained in also_train):
+            skipped[name] = "it is in also_train"
+        elif owners.get(id(module._parameters.get("weight"))) > 1:
+            skipped[name] = "its weight is tied"
+        elif targets is None and module is head:
+            skipped[name] = "it is the output head"
+        elif targets is None and isinstance(parent, nn.MultiheadAttention):
+            skipped[name] = "nn.MultiheadAttention never calls it"
+        elif targets is None or any(_matches(name, target) for target in targets):
+            layers[name] = module
+    missed = [target for target in targets or () if not any(_matches(name, target) for name in layers)]
+    if missed or not layers:
+        names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)]
+        raise ValueError(f"targets={missed or targets} match no layer to adapt; this model's are {names}, but {skipped} are skipped")
+    for name, layer in layers.items():
+        _check_weight(name, layer)
+    return layers, skipped if targets is None else {}
+
+
+def _calibrate(model, layers, run, k):
+    """Run the user's batches, in eval mode and without gradients, and gather {name: Statistics}."""
+    statistics, hooks = {}, []
+    modes = [(module, module.training) for module in model.modules()]
+    gpus = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    try:
+        for name, layer in layers.items():
+            out_features, in_features = _out_in(layer).shape
+            statistics[name] = Statistics(in_features, min(k, in_features), layer.weight.device)
+            hooks.append(layer.register_forward_hook(statistics[name].hook, with_kwargs=True))
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng(gpus):
+            run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes:
+            module.training = mode
+    for name in layers:
+        statistics[name].finish(name)
+    return statistics
+
+
+def _build(layer, seen, rank, init, amplify):
+    """The adapter of one layer, from its Statistics (None without calibration)."""
+    weight = _out_in(layer)
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    rms = seen.rms.to(weight) if seen else weight.new_ones(weight.shape[1])
+    gain = directions = stretch = None
+    if seen and amplify:
+        directions, eigenvalues = (t.to(weight) for t in principal_directions(seen.sketch, seen.omega, seen.k))
+        gain, stretch = input_gain(rms, directions, eigenvalues, amplify)
+    if init == "svd":
+        B, A = outlier_weighted_svd(weight, rms, rank)
+        return AiraLinear(layer, A, B, gain, directions, stretch)
+    if gain is None:
+        return AiraLinear(layer, outlier_weighted_svd(weight, rms, rank)[1])
+    # The same decomposition in G's coordinates: W G^-1 = U diag(s) V^T, and A0 = V_r^T G.
+    c = gain.min()
+    inverse = (1 / gain, directions, 1 / (c + stretch) - 1 / c)
+    _, A = outlier_weighted_svd(times_gain(weight, *inverse), torch.ones_like(rms), rank)
+    A = F.normalize(A)
+    return AiraLinear(layer, times_gain(A, gain, directions, stretch), None, gain, directions, stretch)
+
+
+def _replace(model, swap):
+    """Put swap[id(module)] in the module's place, everywhere it hangs (a shared module hangs in several places)."""
+    for parent in list(model.modules()):
+        for key, child in list(parent._modules.items()):
+            if id(child) in swap:
+                setattr(parent, key, swap[id(child)])
+
+
+def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="subspace", importance="outlier",
+               allocate="knapsack", min_rank=1, max_rank=None, also_train=(), amplify=0.35, directions=32):
+    """Put AIRA adapters into `model` in place, freeze everything else, and return a Report that prints as a table.
+
+    calibrate    callable without arguments that runs the model on representative batches; a few thousand tokens do, and
+                 padding counts as tokens.  None: all channels weigh the same, no amplification, and a warning says so.
+    rank         average rank; the budget is what LoRA of this rank would spend, sum_l (in + out)_l * rank
+    targets      names of layers or their endings, as "q_proj".  None: every nn.Linear and Conv1D except Hugging Face's
+                 output head, those in also_train, tied weights, and out_proj of nn.MultiheadAttention
+    init         "subspace" (A from the SVD, B zero) or "svd" (both; the paper's, at twice an adapter's run time)
+    importance   theta: "outlier" (mass), "fraction" (OWL's, threshold 5), "activation" (mean ||y||), "uniform" (equal ranks)
+    allocate     "knapsack" (exact) or "greedy"
+    min_rank, max_rank      bounds on every layer's rank; max_rank=None is 4 * rank
+    also_train   names of modules or their endings that are trained in full and saved along: a new head, norms
+    amplify      power p of the gain G = C^-p; 0 turns amplification off
+    directions   k, the number of principal directions that G tells apart; 0 keeps C's diagonal instead
+
+    Call it before the optimizer is built and before torch.compile, DDP or fully_shard; under torch.distributed on all
+    processes, each with its own batches.  Bad input raises ValueError or TypeError and leaves the model as it was.
+    """
+    targets = (targets,) if isinstance(targets, str) else targets
+    also_train = (also_train,) if isinstance(also_train, str) else also_train
+    max_rank = 4 * rank if max_rank is None else max_rank
+    for name, value, least in (("rank", rank, 1), ("min_rank", min_rank, 1), ("max_rank", max_rank, 1), ("directions", directions, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise (ValueError if type(value) is int else TypeError)(f"{name}={value!r} must be a whole number >= {least}")
+    for name, value, allowed in (("init", init, ("subspace", "svd")), ("allocate", allocate, ("knapsack", "greedy")),
+                                 ("importance", importance, ("outlier", "fraction", "activation", "uniform"))):
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r} must be one of {allowed}")
+    if not 0 <= amplify <= 1:
+        raise ValueError(f"amplify={amplify} must be 0 .. 1")
+    if calibrate is not None and not callable(calibrate):
+        raise TypeError(f"calibrate={type(calibrate).__name__} must be callable: lambda: [model(x) for x in batches]")
+    trained = [name for name, _ in model.named_modules() if any(_matches(name, wanted) for wanted in also_train)]
+    missed = [wanted for wanted in also_train if not any(_matches(name, wanted) for name in trained)]
+    if missed:
+        raise ValueError(f"also_train={missed} match no module; the model has {[name for name, _ in model.named_children()]}")
+
+    layers, skipped = _find_layers(model, targets, trained)
+    statistics = {}
+    if calibrate is None:
+        warnings.warn("apply_aira without calibrate: all channels weigh the same and nothing is amplified", stacklevel=2)
+    else:
+        statistics = _calibrate(model, layers, calibrate, directions if amplify else 0)
+
+    weights = {name: _out_in(layer) for name, layer in layers.items()}
+    scores = []
+    for name, weight in weights.items():
+        seen = statistics.get(name)
+        rms = seen.rms if seen else torch.ones(weight.shape[1], device=weight.device)
+        if importance == "activation":
+            scores.append(seen.output_norm if seen else float((weight.float() * rms).norm()))
+        elif importance == "uniform":
+            scores.append(1.0)
+        else:
+            mass, fraction = outlier_score(weight, rms, 2.0 if importance == "outlier" else 5.0)
+            scores.append(mass if importance == "outlier" else fraction)
+    costs = [sum(weight.shape) for weight in weights.values()]
+    budget, most = rank * sum(costs), [min(*weight.shape, max_rank) for weight in weights.values()]
+    if importance == "uniform":
+        ranks = [min(rank, m) for m in most]
+    else:
+        ranks = {"knapsack": knapsack_ranks, "greedy": greedy_ranks}[allocate](scores, costs, budget, min_rank, most)
+
+    swap, rows = {}, []
+    for (name, layer), score, cost, r in zip(layers.items(), scores, costs, ranks):
+        swap[id(layer)] = _build(layer, statistics.get(name), r, init, amplify)
+        rows.append(Row(name, tuple(weights[name].shape), statistics[name].tokens if statistics else 0, score, r, cost * r))
+        if len(layers) > 50:
+            print(f"\raira: {len(rows)} of {len(layers)} layers", end="\n" if len(rows) == len(layers) else "", file=sys.stderr)
+    _attach(model, swap, trained)  # nothing was changed before this line, and nothing can fail in it
+    return Report(rows, budget, skipped)
+
+
+# ---- 6. Merge, remove, save, load, export --------------------------------------------------------------------------
+
+TENSORS = ("lora_A", "lora_B", "start_A", "start_B", "gain", "directions", "stretch")
+
+
+def _attach(model, swap, also_train):
+    model._aira = {"trainable": [n for n, p in model.named_parameters() if p.requires_grad], "also_train": also_train}
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for name in also_train:
+        model.get_submodule(name).requires_grad_(True)
+    _replace(model, swap)
+
+
+def _adapted(model):
+    """The module that apply_aira was called on (DDP and torch.compile wrap it), and its {name: AiraLinear}."""
+    for module in model.modules():
+        if "_aira" in module.__dict__:
+            return module, {name: layer for name, layer in module.named_modules() if isinstance(layer, AiraLinear)}
+    raise ValueError(f"this {type(model).__name__} has no AIRA adapters: call apply_aira or load_aira first")
+
+
+def remove_aira(model):
+    """Take the adapters off and give back exactly the model that went in (also_train keeps what it learned)."""
+    model, adapters = _adapted(model)
+    _replace(model, {id(adapter): adapter.base for adapter in adapters.values()})
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in model._aira["trainable"])
+    del model._aira
+
+
+@torch.no_grad()
+def merge_aira(model):
+    """Fold the adapters into the base weights, in float32 or wider, and put the base layers, of their own class, back in
+    place: the base model's speed.  ValueError, and nothing changed, without adapters or for weights that become NaN or inf."""
+    inner, adapters = _adapted(model)
+    merged = {name: adapter.weight for name, adapter in adapters.items()}
+    broken = [name for name, weight in merged.items() if not weight.isfinite().all()]
+    if broken:
+        raise ValueError(f"merging would write NaN or inf into {broken}: the training run has diverged")
+    for name, adapter in adapters.items():
+        adapter.base.weight.copy_(merged[name])
+    remove_aira(inner)
+
+
+@contextlib.contextmanager
+def aira_off(model):
+    """with aira_off(model): the model computes as its base; the reference model of preference tuning, for free."""
+    _, adapters = _adapted(model)
+    for adapter in adapters.values():
+        adapter.enabled = False
+    try:
+        yield model
+    finally:
+        for adapter in adapters.values():
+            adapter.enabled = True
+
+
+def aira_state_dict(model):
+    """{name: tensor} of the adapters, gains included so that training can go on, and of also_train; nothing of the base.
+    "aira.tensors" counts them, so that half a file cannot pass for a small one."""
+    model, adapters = _adapted(model)
+    own = {f"{name}.{tensor}" for name in adapters for tensor in TENSORS}
+    also = tuple(name + "." for name in model._aira["also_train"])
+    state = {key: t.detach() for key, t in model.state_dict().items() if key in own or key.startswith(also)}
+    state = {key: t.full_tensor() if hasattr(t, "full_tensor") else t for key, t in state.items()}  # gathers under FSDP2
+    return {**state, "aira.tensors": torch.tensor(len(state))}
+
+
+@torch.no_grad()
+def load_aira(model, state):
+    """Put the adapters of an aira_state_dict on an untouched base: no calibration, no decomposition; ranks come from the
+    tensors' shapes.  Tensors that are missing, unexpected, misshapen or not finite raise ValueError and change nothing."""
+    if any("_aira" in module.__dict__ for module in model.modules()):
+        raise ValueError("the model already has AIRA adapters: call remove_aira first")
+    if not (isinstance(state, dict) and all(isinstance(tensor, torch.Tensor) for tensor in state.values())):
+        raise TypeError(f"state must be the dict of tensors from aira_state_dict, got {type(state).__name__}: read the file with "
+                        "torch.load(path, weights_only=True)")
+    if int(state.get("aira.tensors", 0)) != len(state) - 1 or len(state) < 4:
+        raise ValueError(f"state has {len(state) - 1} tensors but was saved with {int(state.get('aira.tensors', 0))}: it is "
+                         "not a whole aira_state_dict")
+    modules, own = dict(model.named_modules()), model.state_dict()
+    parts, rest, problems = {}, {}, []
+    for key, tensor in state.items():
+        name, _, kind = key.rpartition(".")
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            problems.append(f"{key} has NaN or inf")
+        elif key in own and own[key].shape == tensor.shape:
+            rest[key] = tensor
+        elif key not in own and kind in TENSORS and (isinstance(modules.get(name), nn.Linear) or is_conv1d(modules.get(name))):
+            parts.setdefault(name, {})[kind] = tensor
+        elif key != "aira.tensors":
+            problems.append(f"{key} {tuple(tensor.shape)} " + (f"should be {tuple(own[key].shape)}" if key in own else "is unexpected"))
+    for name, part in parts.items():
+        _check_weight(name, modules[name])
+        out_features, in_features = _out_in(modules[name]).shape
+        r, k = (part[kind].shape[-1] if kind in part and part[kind].dim() == 2 else 0 for kind in ("lora_B", "directions"))
+        shapes = {"lora_A": (r, in_features), "lora_B": (out_features, r), "start_A": (r, in_features), "start_B": (out_features, r),
+                  "gain": (in_features,), "directions": (in_features, k), "stretch": (k,)}
+        needed = TENSORS[:3] + (TENSORS[4:] if set(TENSORS[4:]) & set(part) else ())
+        problems += [f"{name}.{kind} is missing" for kind in needed if kind not in part]
+        problems += [f"{name}.{kind} {tuple(t.shape)} should be {shapes[kind]}" for kind, t in part.items() if t.shape != shapes[kind]]
+    if problems:
+        raise ValueError(f"the state does not fit this model: {'; '.join(problems)}")
+    swap = {id(modules[name]): AiraLinear(modules[name], **part) for name, part in parts.items()}
+    for key, tensor in rest.items():
+        own[key].copy_(tensor)
+    _attach(model, swap, sorted({key.rpartition(".")[0] for key in rest}))
+
+
+def save_peft(model, directory):
+    """Write a plain LoRA adapter that Hugging Face PEFT, and servers that read its format, load on the untouched base:
+    adapter_config.json and adapter_model.safetensors (.bin where safetensors is not installed).  Gains are folded in;
+    every scale is 1; ranks are those of `factors`.  ValueError without adapters."""
+    model, _ = _adapted(model)
+    ranks, tensors = {}, {}
+    for name, adapter in model.named_modules(remove_duplicate=False):
+        if isinstance(adapter, AiraLinear):
+            B, A = adapter.factors()
+            ranks[name] = len(A)
+            tensors.update({f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B})
+    also = tuple(name + "." for name in model._aira["also_train"])
+    tensors.update({key: tensor for key, tensor in model.state_dict().items() if key.startswith(also)})
+    tensors = {f"base_model.model.{key}": t.detach().cpu().contiguous().clone() for key, t in tensors.items()}
+    config = {"peft_type": "LORA", "r": max(ranks.values()), "lora_alpha": max(ranks.values()), "rank_pattern": ranks,
+              "alpha_pattern": ranks, "target_modules": sorted(ranks), "modules_to_save": model._aira["also_train"] or None,
+              "fan_in_fan_out": all(is_conv1d(a.base) for a in model.modules() if isinstance(a, AiraLinear)),
+              "lora_dropout": 0.0, "bias": "none", "inference_mode": True}
+    os.makedirs(directory, exist_ok=True)
+    with open(os.path.join(directory, "adapter_config.json"), "w") as file:
+        json.dump(config, file, indent=2)
+    try:
+        from safetensors.torch import save_file
+        save_file(tensors, os.path.join(directory, "adapter_model.safetensors"), metadata={"format": "pt"})
+    except ImportError:
+        torch.save(tensors, os.path.join(directory, "adapter_model.bin"))
