@@ -30,6 +30,7 @@ import heapq
 import json
 import math
 import os
+import re
 import sys
 import warnings
 from typing import NamedTuple
@@ -47,15 +48,17 @@ import torch.nn.functional as F
 #     C Omega,  C = mean_n x_n x_n^T       their second moment, seen through a random narrow Omega       (in, k + 16)
 #     mean_n ||y_n||_2                     the output's size, by which the released code ranks layers    a number
 
-
 class Statistics:
-    """Sums over one layer's tokens, in float32, O(k in) numbers however many tokens pass."""
+    """Sums over one layer's tokens: O(k in) numbers, in float32, however many tokens pass."""
 
     def __init__(self, in_features, k, device):
-        self.k = k
-        self.sums = torch.zeros(2 + in_features, device=device)  # tokens, sum of ||y||, sums of x_j^2
-        omega = torch.randn(in_features, min(in_features, k + 16 if k else 0), generator=torch.Generator().manual_seed(0))
-        self.omega = torch.linalg.qr(omega)[0].to(device)  # (in, k + 16), the same on every process
+        self.k = min(k, in_features)
+        self.tokens = torch.zeros((), dtype=torch.int64, device=device)
+        self.output_norm = torch.zeros((), device=device)
+        self.squares = torch.zeros(in_features, device=device)
+        width = min(in_features, k + 16) if k else 0
+        omega = torch.randn(in_features, width, generator=torch.Generator().manual_seed(0))  # the same in all processes
+        self.omega = torch.linalg.qr(omega)[0].to(device)
         self.sketch = torch.zeros_like(self.omega)
 
     def hook(self, layer, args, kwargs, y):
@@ -63,45 +66,42 @@ class Statistics:
         x = args[0] if args else next(iter(kwargs.values()))
         with torch.autocast(x.device.type, enabled=False):
             x, y = (t.detach().reshape(-1, t.shape[-1]).float() for t in (x, y))
-            self.sums[0] += len(x)
-            self.sums[1] += y.norm(dim=1).sum()
-            self.sums[2:] += x.square().sum(0)
+            self.tokens += len(x)
+            self.output_norm += y.norm(dim=1).sum()
+            self.squares += x.square().sum(0)
             self.sketch += x.T @ (x @ self.omega)
 
     def finish(self, name):
-        """Sums over all processes, checked, to tokens, output_norm, rms (in,) and sketch = C Omega."""
+        """From sums over all processes to means: output_norm, rms (in,) and sketch = C Omega."""
+        sums = (self.tokens, self.output_norm, self.squares, self.sketch)
         if dist.is_available() and dist.is_initialized():  # all processes must come out with the same ranks
-            dist.all_reduce(self.sums)
-            dist.all_reduce(self.sketch)
-        self.tokens = int(self.sums[0])
+            for total in sums:
+                dist.all_reduce(total)
+        self.tokens = int(self.tokens)
         if self.tokens == 0:
             raise ValueError(f"calibrate never called layer {name!r}, so an adapter there might do nothing: run it in "
                              "calibrate, or leave it out of targets")
-        if not (self.sums.isfinite().all() and self.sketch.isfinite().all()):
+        if not all(total.isfinite().all() for total in sums):
             raise ValueError(f"layer {name!r} saw NaN or inf in calibration: check the batches and the model's weights")
-        self.output_norm = float(self.sums[1]) / self.tokens
-        self.rms = (self.sums[2:] / self.tokens).sqrt()
+        self.output_norm = float(self.output_norm) / self.tokens
+        self.rms = (self.squares / self.tokens).sqrt()
         self.sketch /= self.tokens
-
 
 def principal_directions(sketch, omega, k):
     """The k largest eigenpairs of C from sketch = C omega alone (Nystrom approximation; Tropp et al., 2017):
 
-        C ~ Y (Omega^T Y)^-1 Y^T ;   Omega^T Y = L L^T ;   Y L^-T = U diag(s) V^T   =>   C ~ U diag(s^2) U^T
+        C ~ Y (Omega^T Y)^-1 Y^T ,   Omega^T Y = V diag(l) V^T ,   Y V diag(l)^-.5 = U diag(s) V'^T   =>   C ~ U diag(s^2) U^T
 
     sketch, omega (in, q), q >= k -> directions (in, k), orthonormal, and eigenvalues (k,), falling.  Exact for q = in.
     """
     omega = omega.double()
-    shift = 1e-7 * sketch.double().norm() + 1e-30  # keeps L real; taken off again at the end
-    y = sketch.double() + shift * omega
-    gram = omega.T @ y
-    L = torch.linalg.cholesky((gram + gram.T) / 2)
-    u, s, _ = torch.linalg.svd(torch.linalg.solve_triangular(L, y.T, upper=False).T, full_matrices=False)
-    return u[:, :k], (s[:k].square() - shift).clamp_min(0)
-
+    shift = 1e-7 * sketch.double().norm() + 1e-30  # above the sums' rounding; taken off again at the end
+    Y = sketch.double() + shift * omega
+    l, V = torch.linalg.eigh((omega.T @ Y + Y.T @ omega) / 2)
+    U, s, _ = torch.linalg.svd(Y @ V * l.clamp_min(shift).rsqrt(), full_matrices=False)
+    return U[:, :k], (s[:k].square() - shift).clamp_min(0)
 
 # ---- 2. Outlier-weighted SVD ---------------------------------------------------------------------------------------
-
 
 def outlier_weighted_svd(weight, channel_rms, rank):
     """The paper's start: the rank-r factors that lose least where the inputs are loud.
@@ -122,17 +122,19 @@ def outlier_weighted_svd(weight, channel_rms, rank):
     dtype = torch.promote_types(weight.dtype, torch.float32)  # half precision has no SVD
     rms = channel_rms.to(dtype)
     rms = rms.clamp_min(1e-4 * rms.mean()) if rms.any() else torch.ones_like(rms)
-    scaled = weight.detach().to(dtype) * rms  # W S
-    if min(weight.shape) <= max(256, 4 * rank):
-        u, s, vt = torch.linalg.svd(scaled, full_matrices=False)
-    else:
-        with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
-            torch.manual_seed(0)
-            u, s, v = torch.svd_lowrank(scaled, q=2 * rank, niter=4)  # q = rank is 100 times less accurate
-        vt = v.T
-    root = s[:rank].sqrt()
-    return u[:, :rank] * root, root[:, None] * vt[:rank] / rms
+    U, s, Vt = _top_svd(weight.detach().to(dtype) * rms, rank)
+    root = s.sqrt().clamp_min(1e-4 * s[0].sqrt()) if s[0] > 0 else torch.ones_like(s)  # A = 0 could never train
+    return U * (s / root), root[:, None] * Vt / rms
 
+def _top_svd(matrix, rank):
+    """U (out, r), s (r,), V^T (r, in) of the r largest singular values; the caller's random state stays as it is."""
+    if min(matrix.shape) <= max(256, 4 * rank):
+        U, s, Vt = torch.linalg.svd(matrix, full_matrices=False)
+        return U[:, :rank], s[:rank], Vt[:rank]
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(0)
+        U, s, V = torch.svd_lowrank(matrix, q=2 * rank, niter=8)  # q = rank would be a hundred times less accurate
+    return U[:, :rank], s[:rank], V[:, :rank].T
 
 # ---- 3. Ranks ------------------------------------------------------------------------------------------------------
 # A rank-r adapter takes cost_l * r parameters, cost_l = in + out, and each further unit of rank is worth less:
@@ -141,7 +143,6 @@ def outlier_weighted_svd(weight, channel_rms, rank):
 #
 # where theta_l is the importance of layer l.  Departure: the released code solves this for real numbers with SciPy and
 # truncates, which leaves some 6 % of the budget unspent.
-
 
 def outlier_score(weight, channel_rms, threshold=2.0):
     """How much outlier a layer holds.  A_ij = |W_ij| rms_j is the significance of a weight (OWL); its outliers are the
@@ -153,7 +154,6 @@ def outlier_score(weight, channel_rms, threshold=2.0):
     A = weight.detach().float().abs() * channel_rms.float()
     outliers = A[A > threshold * A.mean()]
     return float(outliers.double().sum()), outliers.numel() / A.numel()
-
 
 def _least_ranks(importance, costs, budget, min_rank, max_ranks):
     """Check the problem; return every layer's least rank, theta > 0, and what is left of the budget then."""
@@ -170,7 +170,6 @@ def _least_ranks(importance, costs, budget, min_rank, max_ranks):
     if least > budget:
         raise ValueError(f"budget={budget} is too small: min_rank={min_rank} takes at least {least}; raise it or lower min_rank")
     return ranks, theta, budget - least
-
 
 def greedy_ranks(importance, costs, budget, min_rank, max_ranks):
     """Spend the budget one unit of rank at a time, where theta log((r + 1) / r) / cost is largest.
@@ -195,40 +194,47 @@ def greedy_ranks(importance, costs, budget, min_rank, max_ranks):
             offer(l)
     return ranks
 
-
 def knapsack_ranks(importance, costs, budget, min_rank, max_ranks):
     """The exact optimum, for any costs.  Arguments, result and errors as for greedy_ranks.
 
     Layers of one cost compete by gain alone, and a layer's gains fall with its rank; so the best n units for such a class
-    are its n largest gains, and value[n], their sum, is all we need to know of it.  Dynamic programming over the budget,
-    in units of the costs' common divisor, joins the few classes that a network has.
+    are its n largest gains, and value[n], their sum, is all we need to know of it.  Dynamic programming over the classes
+    keeps the choices that no cheaper one matches.  At any price p a parameter, no choice is worth more than
+
+        p * budget + sum_classes max_n (value[n] - p cost n)
+
+    and each class takes off this bound what its n falls short of the max.  Greedy comes close to the bound, so only the
+    few n that fall short by less than greedy does need a look.
     """
     ranks, theta, left = _least_ranks(importance, costs, budget, min_rank, max_ranks)
-    unit = math.gcd(*costs)
-    left //= unit
-    classes = []  # (cost, the layers that get the first n units, value of the first n units)
+    greedy = greedy_ranks(importance, costs, budget, min_rank, max_ranks)
+    growing = [l for l, r in enumerate(greedy) if r < max_ranks[l]]
+    price = max((theta[l] * math.log1p(1 / greedy[l]) / costs[l] for l in growing), default=0.0)
+    classes, gap = [], price * left - theta @ np.log(np.divide(greedy, ranks))
     for cost in sorted(set(costs)):
         gains = sorted(((theta[l] * math.log1p(1 / r), l) for l in range(len(ranks)) if costs[l] == cost
-                        for r in range(ranks[l], max_ranks[l])), key=lambda gain: -gain[0])[: left * unit // cost]
-        classes.append((cost // unit, [l for _, l in gains], np.cumsum([0.0] + [gain for gain, _ in gains])))
-    classes.sort(key=lambda c: len(c[1]))  # the largest class comes last: it is asked at the full budget only
-    tables = [np.zeros(left + 1)]  # tables[i][b]: the most value that the first i classes make of b units
-    for step, _, value in classes[:-1]:
-        best = tables[-1].copy()
-        if len(tables) == 1:  # nothing to share with yet
-            best = value[np.minimum(np.arange(left + 1) // step, len(value) - 1)]
-        else:
-            for n in range(1, len(value)):
-                np.maximum(best[n * step:], tables[-1][: left + 1 - n * step] + value[n], out=best[n * step:])
-        tables.append(best)
-    for (step, layers, value), best in zip(reversed(classes), reversed(tables)):
-        value = value[: left // step + 1]
-        n = int(np.argmax(best[left - step * np.arange(len(value))] + value))
-        left -= n * step
-        for l in layers[:n]:
-            ranks[l] += 1
-    return ranks
+                        for r in range(ranks[l], max_ranks[l])), key=lambda gain: -gain[0])[: left // cost]
+        value = np.cumsum([0.0] + [gain for gain, _ in gains])
+        net = value - price * cost * np.arange(len(value))
+        classes.append((cost, [l for _, l in gains], value, net.max() - net))
+        gap += net.max()
+    gap += 1e-9 * theta.sum()  # rounding
 
+    spent, worth, short, trail = np.zeros(1, dtype=np.int64), np.zeros(1), np.zeros(1), []
+    for cost, _, value, loss in classes:
+        n = np.flatnonzero(loss <= gap)
+        spent, worth, short = (np.add.outer(a, b).ravel() for a, b in ((spent, cost * n), (worth, value[n]), (short, loss[n])))
+        keep = np.flatnonzero((spent <= left) & (short <= gap))
+        keep = keep[np.lexsort((-worth[keep], spent[keep]))]  # by cost; keep those worth more than all that cost less
+        keep = keep[worth[keep] > np.concatenate([[-1], np.maximum.accumulate(worth[keep])[:-1]])]
+        trail.append((keep // len(n), n[keep % len(n)]))
+        spent, worth, short = spent[keep], worth[keep], short[keep]
+    i = -1  # the dearest that was kept is worth most; walk back from it
+    for (_, layers, _, _), (previous, n) in zip(reversed(classes), reversed(trail)):
+        for l in layers[: n[i]]:
+            ranks[l] += 1
+        i = previous[i]
+    return ranks
 
 # ---- 4. AiraLinear -------------------------------------------------------------------------------------------------
 # The paper amplifies the updates of significant weights.  Multiplying a gradient by a constant would be a placebo, for
@@ -245,7 +251,6 @@ def knapsack_ranks(importance, costs, budget, min_rank, max_ranks):
 # Departure: the released code multiplies the adapter's output by a gate in [0, 1] made from the batch at hand, which only
 # attenuates, ties a sample to its batch, and is lost on merging.  A fixed G folds into dW exactly.
 
-
 def input_gain(rms, directions, eigenvalues, power, damping=1e-2):
     """G ~ (C + damping * mean(lambda) I)^-power, scaled so that |G x|^2 is `in` on average.
 
@@ -254,16 +259,17 @@ def input_gain(rms, directions, eigenvalues, power, damping=1e-2):
     """
     n, k = directions.shape
     total = rms.square().sum()
-    floor = damping * total / n + 1e-30
+    if total == 0:  # nothing to go by
+        return torch.ones_like(rms), torch.zeros_like(eigenvalues)
+    floor = damping * total / n
     if k == 0:
         gain = (rms.square() + floor) ** -power
-        return gain * (n / (gain * rms).square().sum().clamp_min(1e-30)).sqrt(), eigenvalues
+        return gain * (n / (gain * rms).square().sum()).sqrt(), eigenvalues
     rest = (total - eigenvalues.sum()).clamp_min(0)
     loud, quiet = (eigenvalues + floor) ** -power, (rest / max(n - k, 1) + floor) ** -power
     energy = (loud.square() * eigenvalues).sum() + quiet.square() * rest
-    scale = (n / energy.clamp_min(1e-30)).sqrt()
+    scale = (n / energy).sqrt()
     return (scale * quiet).repeat(n), scale * (loud - quiet)
-
 
 class AiraLinear(nn.Module):
     """A frozen linear layer and its low-rank difference,  y = base(x) + B A x - B0 A0 x.
@@ -288,7 +294,8 @@ class AiraLinear(nn.Module):
         for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B), ("start_A", start_A), ("start_B", start_B),
                              ("gain", gain), ("directions", directions), ("stretch", stretch)):
             if tensor is not None:
-                tensor = nn.Parameter(tensor.detach().to(base.weight.device, dtype, copy=True), name.startswith("lora_"))
+                tensor = tensor.detach().to(base.weight.device, dtype, copy=True, memory_format=torch.contiguous_format)
+                tensor = nn.Parameter(tensor, requires_grad=name.startswith("lora_"))
             self.register_parameter(name, tensor)
         self.train(base.training)
 
@@ -316,14 +323,16 @@ class AiraLinear(nn.Module):
         B, A = self.factors()
         return B @ A
 
-    @property
-    def weight(self):
-        """W + dW in the base's layout and dtype, for stock modules that read a layer's weight instead of calling it (the
-        fused path of nn.TransformerEncoderLayer, nn.MultiheadAttention)."""
-        if not self.enabled:
-            return self.base.weight
+    def merged_weight(self):
+        """W + dW, in the base's layout and dtype."""
         delta = self.delta().T if is_conv1d(self.base) else self.delta()
         return (self.base.weight.to(delta.dtype) + delta).to(self.base.weight.dtype)
+
+    @property
+    def weight(self):
+        """For stock modules that read a layer's weight instead of calling the layer: nn.MultiheadAttention, and
+        nn.TransformerEncoderLayer's fused path."""
+        return self.merged_weight() if self.enabled else self.base.weight
 
     @property
     def bias(self):
@@ -332,24 +341,22 @@ class AiraLinear(nn.Module):
     def extra_repr(self):
         return f"rank={len(self.lora_A)}"
 
-
 def times_gain(rows, gain, directions, stretch):
     """rows (r, in) times G, without forming G."""
     return torch.addmm(rows * gain, (rows @ directions) * stretch, directions.T)
-
 
 def _out_in(layer):
     """The layer's weight as (out, in)."""
     return layer.weight.detach().T if is_conv1d(layer) else layer.weight.detach()
 
-
 def is_conv1d(module):
     """Hugging Face's Conv1D (GPT-2) is a linear layer that stores its weight as (in, out)."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
+def is_linear(module):
+    return isinstance(module, nn.Linear) or is_conv1d(module)
 
 # ---- 5. apply_aira -------------------------------------------------------------------------------------------------
-
 
 class Row(NamedTuple):
     """What apply_aira did to one layer."""
@@ -359,7 +366,6 @@ class Row(NamedTuple):
     score: float  # importance
     rank: int
     parameters: int
-
 
 class Report(NamedTuple):
     """What apply_aira did, printed as a table."""
@@ -377,11 +383,12 @@ class Report(NamedTuple):
         lines.append(f"budget {self.budget:,} parameters, {spent / self.budget:.1%} spent")
         return "\n".join(lines + [f"skipped {name}: {reason}" for name, reason in self.skipped.items()])
 
+def _inside(name, module):
+    return name == module or name.startswith(module + ".")
 
 def _matches(name, wanted):
     """Whether `wanted` is the module's name or its end after a dot, as in PEFT's target_modules."""
     return name == wanted or name.endswith("." + wanted)
-
 
 def _check_weight(name, layer):
     weight = layer._parameters.get("weight")
@@ -394,55 +401,51 @@ def _check_weight(name, layer):
     if not weight.isfinite().all():
         raise ValueError(f"layer {name!r} has NaN or inf in its weight: mend the checkpoint, or leave the layer out of targets")
 
-
 def _find_layers(model, targets, also_train):
     """{name: layer} to adapt, and {name: reason} for those that could not or should not be."""
     if any(isinstance(module, AiraLinear) for module in model.modules()):
         raise ValueError("the model already has AIRA adapters: call merge_aira or remove_aira first")
-    if isinstance(model, nn.Linear) or is_conv1d(model):
-        raise ValueError(f"the model is itself a {type(model).__name__} and cannot be replaced in place: wrap it, as in "
-                         "nn.Sequential(layer)")
+    if is_linear(model):
+        raise ValueError(f"a bare {type(model).__name__} cannot be replaced in place: wrap it, as in nn.Sequential(layer)")
     owners = {}  # a weight with two owners is tied: merging would change the other one too
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     layers, skipped = {}, {}
-    for name, module in model.named_modules():
-        if not (isinstance(module, nn.Linear) or is_conv1d(module)):
-            continue
+    linear = {name: module for name, module in model.named_modules() if is_linear(module)}
+    for name, module in linear.items():
         parent = model.get_submodule(name.rpartition(".")[0])
-        if any(name == trained or name.startswith(trained + ".") for trained in also_train):
+        if targets is not None and not any(_matches(name, target) for target in targets):
+            continue
+        if any(_inside(name, trained) for trained in also_train):
             skipped[name] = "it is in also_train"
-        elif owners.get(id(module._parameters.get("weight"))) > 1:
+        elif owners.get(id(module._parameters.get("weight")), 0) > 1:
             skipped[name] = "its weight is tied"
         elif targets is None and module is head:
             skipped[name] = "it is the output head"
         elif targets is None and isinstance(parent, nn.MultiheadAttention):
             skipped[name] = "nn.MultiheadAttention never calls it"
-        elif targets is None or any(_matches(name, target) for target in targets):
+        else:
+            _check_weight(name, module)
             layers[name] = module
     missed = [target for target in targets or () if not any(_matches(name, target) for name in layers)]
     if missed or not layers:
-        names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)]
-        raise ValueError(f"targets={missed or targets} match no layer to adapt; this model's are {names}, but {skipped} are skipped")
-    for name, layer in layers.items():
-        _check_weight(name, layer)
-    return layers, skipped if targets is None else {}
-
+        raise ValueError(f"targets={missed or targets} match no layer to adapt; this model's are {list(linear)}, and "
+                         f"{skipped or 'none'} skipped")
+    return layers, skipped
 
 def _calibrate(model, layers, run, k):
     """Run the user's batches, in eval mode and without gradients, and gather {name: Statistics}."""
     statistics, hooks = {}, []
     modes = [(module, module.training) for module in model.modules()]
-    gpus = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     try:
         for name, layer in layers.items():
-            out_features, in_features = _out_in(layer).shape
-            statistics[name] = Statistics(in_features, min(k, in_features), layer.weight.device)
+            in_features = _out_in(layer).shape[1]
+            statistics[name] = Statistics(in_features, k, layer.weight.device)
             hooks.append(layer.register_forward_hook(statistics[name].hook, with_kwargs=True))
         model.eval()
-        with torch.no_grad(), torch.random.fork_rng(gpus):
+        with torch.no_grad(), torch.random.fork_rng(range(torch.cuda.device_count())):
             run()
     finally:
         for hook in hooks:
@@ -452,7 +455,6 @@ def _calibrate(model, layers, run, k):
     for name in layers:
         statistics[name].finish(name)
     return statistics
-
 
 def _build(layer, seen, rank, init, amplify):
     """The adapter of one layer, from its Statistics (None without calibration)."""
@@ -468,13 +470,11 @@ def _build(layer, seen, rank, init, amplify):
         return AiraLinear(layer, A, B, gain, directions, stretch)
     if gain is None:
         return AiraLinear(layer, outlier_weighted_svd(weight, rms, rank)[1])
-    # The same decomposition in G's coordinates: W G^-1 = U diag(s) V^T, and A0 = V_r^T G.
-    c = gain.min()
-    inverse = (1 / gain, directions, 1 / (c + stretch) - 1 / c)
-    _, A = outlier_weighted_svd(times_gain(weight, *inverse), torch.ones_like(rms), rank)
-    A = F.normalize(A)
+    # The same decomposition, in G's coordinates:  W G^-1 = U diag(s) V^T ,  A0 = V_r^T G ,  so that dW = lora_B V_r^T G
+    # first moves where W acts on what the inputs hold.  G has one value c = gain[0] outside its k directions.
+    inverse = 1 / gain, directions, 1 / (gain[0] + stretch) - 1 / gain[0]
+    A = _top_svd(times_gain(weight, *inverse), rank)[2]
     return AiraLinear(layer, times_gain(A, gain, directions, stretch), None, gain, directions, stretch)
-
 
 def _replace(model, swap):
     """Put swap[id(module)] in the module's place, everywhere it hangs (a shared module hangs in several places)."""
@@ -482,7 +482,6 @@ def _replace(model, swap):
         for key, child in list(parent._modules.items()):
             if id(child) in swap:
                 setattr(parent, key, swap[id(child)])
-
 
 def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="subspace", importance="outlier",
                allocate="knapsack", min_rank=1, max_rank=None, also_train=(), amplify=0.35, directions=32):
@@ -506,10 +505,15 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="subspace", 
     """
     targets = (targets,) if isinstance(targets, str) else targets
     also_train = (also_train,) if isinstance(also_train, str) else also_train
+    for name, value, least in (("rank", rank, 1), ("min_rank", min_rank, 1), ("directions", directions, 0),
+                               ("max_rank", 1 if max_rank is None else max_rank, 1)):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise TypeError(f"{name}={value!r} must be a whole number >= {least}")
+        if value < least:
+            raise ValueError(f"{name}={value!r} must be a whole number >= {least}")
     max_rank = 4 * rank if max_rank is None else max_rank
-    for name, value, least in (("rank", rank, 1), ("min_rank", min_rank, 1), ("max_rank", max_rank, 1), ("directions", directions, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise (ValueError if type(value) is int else TypeError)(f"{name}={value!r} must be a whole number >= {least}")
+    if min_rank > max_rank or (importance == "uniform" and min_rank > rank):
+        raise ValueError(f"min_rank={min_rank} is above max_rank={max_rank}, or above rank={rank} for uniform ranks: lower it")
     for name, value, allowed in (("init", init, ("subspace", "svd")), ("allocate", allocate, ("knapsack", "greedy")),
                                  ("importance", importance, ("outlier", "fraction", "activation", "uniform"))):
         if value not in allowed:
@@ -558,20 +562,18 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="subspace", 
     _attach(model, swap, trained)  # nothing was changed before this line, and nothing can fail in it
     return Report(rows, budget, skipped)
 
-
 # ---- 6. Merge, remove, save, load, export --------------------------------------------------------------------------
 
 TENSORS = ("lora_A", "lora_B", "start_A", "start_B", "gain", "directions", "stretch")
 
-
 def _attach(model, swap, also_train):
-    model._aira = {"trainable": [n for n, p in model.named_parameters() if p.requires_grad], "also_train": also_train}
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trained = {id(parameter) for name in also_train for parameter in model.get_submodule(name).parameters()}
     for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for name in also_train:
-        model.get_submodule(name).requires_grad_(True)
+        if not nn.parameter.is_lazy(parameter):
+            parameter.requires_grad_(id(parameter) in trained and parameter.is_floating_point())
     _replace(model, swap)
-
+    model._aira = {"trainable": trainable, "also_train": also_train}
 
 def _adapted(model):
     """The module that apply_aira was called on (DDP and torch.compile wrap it), and its {name: AiraLinear}."""
@@ -580,22 +582,21 @@ def _adapted(model):
             return module, {name: layer for name, layer in module.named_modules() if isinstance(layer, AiraLinear)}
     raise ValueError(f"this {type(model).__name__} has no AIRA adapters: call apply_aira or load_aira first")
 
-
 def remove_aira(model):
     """Take the adapters off and give back exactly the model that went in (also_train keeps what it learned)."""
     model, adapters = _adapted(model)
     _replace(model, {id(adapter): adapter.base for adapter in adapters.values()})
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in model._aira["trainable"])
+        if not nn.parameter.is_lazy(parameter):
+            parameter.requires_grad_(name in model._aira["trainable"])
     del model._aira
-
 
 @torch.no_grad()
 def merge_aira(model):
     """Fold the adapters into the base weights, in float32 or wider, and put the base layers, of their own class, back in
     place: the base model's speed.  ValueError, and nothing changed, without adapters or for weights that become NaN or inf."""
     inner, adapters = _adapted(model)
-    merged = {name: adapter.weight for name, adapter in adapters.items()}
+    merged = {name: adapter.merged_weight() for name, adapter in adapters.items()}
     broken = [name for name, weight in merged.items() if not weight.isfinite().all()]
     if broken:
         raise ValueError(f"merging would write NaN or inf into {broken}: the training run has diverged")
@@ -603,30 +604,28 @@ def merge_aira(model):
         adapter.base.weight.copy_(merged[name])
     remove_aira(inner)
 
-
 @contextlib.contextmanager
 def aira_off(model):
     """with aira_off(model): the model computes as its base; the reference model of preference tuning, for free."""
     _, adapters = _adapted(model)
-    for adapter in adapters.values():
-        adapter.enabled = False
+    before = [(adapter, adapter.enabled) for adapter in adapters.values()]
     try:
+        for adapter in adapters.values():
+            adapter.enabled = False
         yield model
     finally:
-        for adapter in adapters.values():
-            adapter.enabled = True
-
+        for adapter, enabled in before:
+            adapter.enabled = enabled
 
 def aira_state_dict(model):
     """{name: tensor} of the adapters, gains included so that training can go on, and of also_train; nothing of the base.
     "aira.tensors" counts them, so that half a file cannot pass for a small one."""
     model, adapters = _adapted(model)
     own = {f"{name}.{tensor}" for name in adapters for tensor in TENSORS}
-    also = tuple(name + "." for name in model._aira["also_train"])
-    state = {key: t.detach() for key, t in model.state_dict().items() if key in own or key.startswith(also)}
+    also = model._aira["also_train"]
+    state = {key: t.detach() for key, t in model.state_dict().items() if key in own or any(_inside(key, n) for n in also)}
     state = {key: t.full_tensor() if hasattr(t, "full_tensor") else t for key, t in state.items()}  # gathers under FSDP2
     return {**state, "aira.tensors": torch.tensor(len(state))}
-
 
 @torch.no_grad()
 def load_aira(model, state):
@@ -648,7 +647,7 @@ def load_aira(model, state):
             problems.append(f"{key} has NaN or inf")
         elif key in own and own[key].shape == tensor.shape:
             rest[key] = tensor
-        elif key not in own and kind in TENSORS and (isinstance(modules.get(name), nn.Linear) or is_conv1d(modules.get(name))):
+        elif key not in own and kind in TENSORS and is_linear(modules.get(name)):
             parts.setdefault(name, {})[kind] = tensor
         elif key != "aira.tensors":
             problems.append(f"{key} {tuple(tensor.shape)} " + (f"should be {tuple(own[key].shape)}" if key in own else "is unexpected"))
@@ -668,30 +667,39 @@ def load_aira(model, state):
         own[key].copy_(tensor)
     _attach(model, swap, sorted({key.rpartition(".")[0] for key in rest}))
 
-
 def save_peft(model, directory):
     """Write a plain LoRA adapter that Hugging Face PEFT, and servers that read its format, load on the untouched base:
-    adapter_config.json and adapter_model.safetensors (.bin where safetensors is not installed).  Gains are folded in;
-    every scale is 1; ranks are those of `factors`.  ValueError without adapters."""
-    model, _ = _adapted(model)
-    ranks, tensors = {}, {}
-    for name, adapter in model.named_modules(remove_duplicate=False):
-        if isinstance(adapter, AiraLinear):
-            B, A = adapter.factors()
-            ranks[name] = len(A)
-            tensors.update({f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B})
-    also = tuple(name + "." for name in model._aira["also_train"])
-    tensors.update({key: tensor for key, tensor in model.state_dict().items() if key.startswith(also)})
-    tensors = {f"base_model.model.{key}": t.detach().cpu().contiguous().clone() for key, t in tensors.items()}
+    adapter_config.json and adapter_model.safetensors (.bin where safetensors is not installed).  Gains are folded in and
+    every scale is 1; init="svd" exports twice its rank.  ValueError without adapters, and for what PEFT cannot express."""
+    model, adapters = _adapted(model)
+    names, also = [name for name, _ in model.named_modules()], model._aira["also_train"]
+    shared = [n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, AiraLinear) and n not in adapters]
+    # PEFT takes modules_to_save by bare str.endswith: "classifier" would also be "pre_classifier".
+    caught = [name for name in names if name.endswith(tuple(also)) and not any(_inside(name, a) for a in also)]
+    if shared or caught:
+        raise ValueError(f"PEFT cannot express layers shared under a second name {shared} or modules whose name ends like one "
+                         f"of also_train {caught}: use merge_aira and save the whole model")
+    tensors = {key: tensor for key, tensor in model.state_dict().items() if any(_inside(key, name) for name in also)}
+    ranks = {}
+    for name, adapter in adapters.items():
+        B, A = adapter.factors()
+        ranks["^" + re.escape(name)] = len(A)  # a regular expression: a plain "0" would also be "1.0"
+        tensors.update({f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B})
+    tensors = {f"base_model.model.{key}": tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+    targets = sorted(adapters)
+    if any(_matches(name, target) for name in names if name not in adapters for target in targets):
+        targets = "|".join(map(re.escape, targets))  # a string is one regular expression, to be matched in full
     config = {"peft_type": "LORA", "r": max(ranks.values()), "lora_alpha": max(ranks.values()), "rank_pattern": ranks,
-              "alpha_pattern": ranks, "target_modules": sorted(ranks), "modules_to_save": model._aira["also_train"] or None,
-              "fan_in_fan_out": all(is_conv1d(a.base) for a in model.modules() if isinstance(a, AiraLinear)),
-              "lora_dropout": 0.0, "bias": "none", "inference_mode": True}
+              "alpha_pattern": ranks, "target_modules": targets, "modules_to_save": also or None, "lora_dropout": 0.0,
+              "bias": "none", "fan_in_fan_out": all(is_conv1d(a.base) for a in adapters.values()), "inference_mode": True}
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        save_file = None
     os.makedirs(directory, exist_ok=True)
     with open(os.path.join(directory, "adapter_config.json"), "w") as file:
         json.dump(config, file, indent=2)
-    try:
-        from safetensors.torch import save_file
+    if save_file:
         save_file(tensors, os.path.join(directory, "adapter_model.safetensors"), metadata={"format": "pt"})
-    except ImportError:
+    else:
         torch.save(tensors, os.path.join(directory, "adapter_model.bin"))

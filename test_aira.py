@@ -1,0 +1,957 @@
+# SPDX-License-Identifier: MIT
+"""What aira.py claims, each claim a small worked example checked against something that shares no code with it: brute
+force, Eckart-Young, dense matrices and their eigenvectors, plain autograd.  Offline, one CPU core, under a minute.
+"""
+import contextlib
+import copy
+import io
+import json
+import pickle
+import random
+import re
+import sys
+import time
+import tracemalloc
+import types
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import aira
+from aira import (AiraLinear, Statistics, aira_off, aira_state_dict, apply_aira, greedy_ranks, input_gain,
+                  knapsack_ranks, load_aira, merge_aira, outlier_score, outlier_weighted_svd, principal_directions,
+                  remove_aira, save_peft)
+
+torch.set_num_threads(1)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+INITS = ["subspace", "svd"]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+    random.seed(0)
+
+
+class Conv1D(nn.Module):
+    """Hugging Face's linear layer of GPT-2: weight (in, out)."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf, self.weight, self.bias = nf, nn.Parameter(torch.randn(nx, nf) / nx**0.5), nn.Parameter(torch.randn(nf))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+class Net(nn.Module):
+    """in < out, in > out, bias and none, a Conv1D, a layer shared by two names, a norm and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.mix, self.down = nn.Linear(10, 24), Conv1D(24, 24), nn.Linear(24, 10, bias=False)
+        self.shared = self.again = nn.Linear(10, 10)
+        self.norm, self.head = nn.LayerNorm(10), nn.Linear(10, 3)
+
+    def forward(self, x):
+        x = x + self.down(torch.tanh(self.mix(F.gelu(self.up(x)))))
+        return self.head(self.norm(x + self.shared(self.again(x))))
+
+
+SHAPES = {"up": (24, 10), "mix": (24, 24), "down": (10, 24), "shared": (10, 10), "head": (3, 10)}
+
+
+def randn(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def inputs(n=96, width=10, dtype=torch.float64):
+    """Tokens with correlated channels, one of them loud and one quiet."""
+    x = randn(n, width) @ randn(width, width)
+    x[:, 0] *= 10
+    x[:, 1] *= 0.01
+    return x.to(dtype)
+
+
+def adapted(model=None, x=None, train=0, **options):
+    """A model with adapters, calibrated on x, after some steps of training."""
+    model, x = Net().double() if model is None else model, inputs() if x is None else x
+    apply_aira(model, lambda: model(x), **{"rank": 3, **options})
+    fit(model, x, train)
+    return model
+
+
+def fit(model, x, steps):
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (model(x).float() - 1).square().mean().backward()
+        optimizer.step()
+
+
+def bits(tensor):
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def fingerprint(model):
+    """All that must stay: modules, modes, hooks, attributes; tensors with their identity, flags and bits."""
+    modules = [(name, id(m), m.training, len(m._forward_hooks), len(m._forward_pre_hooks), sorted(m.__dict__))
+               for name, m in model.named_modules(remove_duplicate=False)]
+    tensors = [(name, id(t), t.requires_grad, None if nn.parameter.is_lazy(t) or t.is_meta else bits(t))
+               for name, t in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]]
+    return modules, tensors
+
+
+@contextlib.contextmanager
+def unchanged(model):
+    """The model is as it was, and so are the random states."""
+    before, states = fingerprint(model), (bits(torch.get_rng_state()), random.getstate())
+    yield
+    assert fingerprint(model) == before and states == (bits(torch.get_rng_state()), random.getstate())
+
+
+def close(a, b, tolerance=1e-9):
+    torch.testing.assert_close(a, b, rtol=0, atol=tolerance * float(b.detach().abs().max() + 1e-12))
+
+
+def far(a, b, least=0.01):
+    return float((a - b).detach().abs().max()) > least
+
+
+# ---- 1. Statistics and gain ----------------------------------------------------------------------------------------
+
+
+def test_statistics_of_a_stream_equal_those_of_all_batches_at_once():
+    layer, seen = nn.Linear(10, 7), Statistics(10, 4, "cpu")
+    batches = [inputs(n, dtype=torch.float32) for n in (5, 1, 0, 64)]
+    handle = layer.register_forward_hook(seen.hook, with_kwargs=True)
+    for batch in batches[:-1]:
+        layer(batch)
+    layer(input=batches[-1].view(4, 16, 10))  # by keyword, and with more dimensions
+    handle.remove()
+    seen.finish("layer")
+    x = torch.cat(batches).double()
+    assert seen.tokens == len(x) == 70
+    close(seen.rms.double(), x.square().mean(0).sqrt(), 1e-5)
+    close(seen.sketch.double(), x.T @ x / len(x) @ seen.omega.double(), 1e-5)
+    assert seen.output_norm == pytest.approx(layer(x.float()).detach().norm(dim=1).mean().item(), rel=1e-5)
+    half, x = Statistics(4, 2, "cpu"), torch.full((8, 4), 3e4, dtype=torch.float16)
+    with torch.autocast("cpu", torch.bfloat16):
+        half.hook(None, (x,), {}, x)  # 3e4 squared is past the largest float16, so the sums must be wider
+    half.finish("layer")
+    close(half.rms, x[0].float(), 1e-5)
+    close(half.sketch, 3e4**2 * torch.ones(4, 4) @ half.omega, 1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_principal_directions_are_exact_when_the_sketch_is_square(k):
+    x, omega = inputs(200, 8), torch.linalg.qr(randn(8, 8))[0]
+    C = x.T @ x / len(x)
+    Q, lam = principal_directions(C @ omega, omega, k)
+    exact, vectors = (t.flip(-1)[..., :k] for t in torch.linalg.eigh(C))
+    close(lam, exact, 1e-6)
+    close((Q * vectors).sum(0).abs(), torch.ones(k).double(), 1e-4)  # the same vectors up to their signs
+    close(Q.T @ Q, torch.eye(k).double())
+
+
+def test_principal_directions_find_a_low_rank_signal_under_noise():
+    true, strength = torch.linalg.qr(randn(200, 6))[0], torch.tensor([300.0, 200, 100, 80, 50, 30]).double()
+    omega = torch.linalg.qr(randn(200, 22))[0]
+    C = true * strength @ true.T + 0.01 * torch.eye(200)
+    Q, lam = principal_directions(C @ omega, omega, 6)
+    assert (torch.linalg.svdvals(true.T @ Q) > 0.999).all()  # cosines of the angles between the two spaces
+    close(lam / strength, torch.ones(6).double(), 0.01)
+
+
+def gain_by_definition(x, power, k):
+    """(C + 0.01 mean(lambda) I)^-power with C's eigenvalues past the k-th as one average, scaled to E|G x|^2 = in."""
+    C = x.T @ x / len(x)
+    lam, Q = (t.flip(-1) for t in torch.linalg.eigh(torch.diag(C.diagonal()) if k == 0 else C))
+    damping = 0.01 * lam.mean()
+    if k:
+        lam[k:] = lam[k:].mean()
+    G = Q * (lam + damping) ** -power @ Q.T
+    return G * (len(C) / torch.trace(G @ C @ G)).sqrt()
+
+
+def dense(gain, directions, stretch):
+    return torch.diag(gain) + directions * stretch @ directions.T
+
+
+@pytest.mark.parametrize("k", [0, 1, 4, 8])
+@pytest.mark.parametrize("power", [0.0, 0.35, 1.0])
+def test_gain_is_a_power_of_the_inputs_second_moment(k, power):
+    x = inputs(200, 8)
+    lam, Q = (t.flip(-1)[..., :k] for t in torch.linalg.eigh(x.T @ x / len(x)))
+    gain, stretch = input_gain(x.square().mean(0).sqrt(), Q, lam, power)
+    G = dense(gain, Q, stretch)
+    close(G, gain_by_definition(x, power, k), 1e-8)
+    assert (x @ G).square().sum(1).mean().item() == pytest.approx(8)  # |G x|^2 is `in` on average
+    adapter = adapted(nn.Sequential(nn.Linear(8, 6)).double(), x, directions=k, amplify=power)[0]
+    if power:  # the same from calibration, in float32 and through the sketch; power 0 needs no gain
+        close(dense(adapter.gain, adapter.directions, adapter.stretch), gain_by_definition(x, power, k), 1e-3)
+
+
+# ---- 2. Outlier-weighted SVD ---------------------------------------------------------------------------------------
+
+
+def weighted_error(W, rms, B, A):
+    return float(((W.double() - B.double() @ A.double()) * rms).norm())
+
+
+def eckart_young(W, rms, rank):
+    """The least error that any rank-r matrix can have: the root of the sum of the squared singular values it drops."""
+    s = np.linalg.svd((W * rms).double().numpy(), compute_uv=False)
+    return float(np.sqrt((s[rank:] ** 2).sum()))
+
+
+@pytest.mark.parametrize("out, width", [(12, 20), (20, 12), (1, 9), (9, 1)])
+def test_svd_reaches_the_eckart_young_optimum_at_every_rank(out, width):
+    W, rms = randn(out, width), torch.rand(width).double() * 5 + 0.1
+    for rank in range(1, min(out, width) + 1):
+        B, A = outlier_weighted_svd(W, rms, rank)
+        assert B.shape == (out, rank) and A.shape == (rank, width)
+        assert weighted_error(W, rms, B, A) == pytest.approx(eckart_young(W, rms, rank), abs=1e-9)
+        close(B.square().sum(0), (A * rms).square().sum(1))  # the singular values are shared out evenly
+
+
+def test_no_competitor_beats_the_svd():
+    W, rms = randn(12, 20), torch.rand(20).double() + 0.1
+    rms[3] = 30
+    B, A = outlier_weighted_svd(W, rms, 4)
+    best = weighted_error(W, rms, B, A)
+    for _ in range(300):  # neighbours near and far, and random A with the B that suits it best
+        step, other = 10 ** random.uniform(-4, 0), torch.randn_like(A)
+        fitted = torch.linalg.lstsq((other * rms).T, (W * rms).T).solution.T
+        assert weighted_error(W, rms, B + step * torch.randn_like(B), A + step * other) > best
+        assert weighted_error(W, rms, fitted, other) > best
+    plain = outlier_weighted_svd(W, torch.ones_like(rms), 4)
+    assert weighted_error(W, rms, *plain) > 1.2 * best  # what knowing the loud channel is worth
+
+
+@pytest.mark.parametrize("spectrum", ["power law", "flat", "noise"])
+def test_large_svd_is_within_a_thousandth_of_the_optimum_and_repeatable(spectrum):
+    (u, v), rms = (torch.linalg.qr(torch.randn(n, 500))[0] for n in (600, 500)), torch.rand(500) + 0.5
+    s = torch.arange(1, 501.0) ** (-1.0 if spectrum == "power law" else 0.0)
+    W = torch.randn(600, 500) if spectrum == "noise" else u * s @ v.T / rms
+    state = torch.get_rng_state()
+    B, A = outlier_weighted_svd(W, rms, 8)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert weighted_error(W, rms, B, A) <= 1.001 * eckart_young(W, rms, 8)
+    torch.manual_seed(123)  # the caller's random state does not matter
+    assert all(map(torch.equal, (B, A), outlier_weighted_svd(W, rms, 8)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_svd_with_dead_channels_and_in_half_precision(dtype):
+    """A channel that never fired has no say; if none fired, it is the plain SVD."""
+    W, some = torch.randn(8, 10).to(dtype), torch.ones(10).index_fill(0, torch.tensor([2, 5]), 0)
+    for rms, weighs in ((some, some), (torch.zeros(10), torch.ones(10))):
+        B, A = outlier_weighted_svd(W, rms, 3)
+        assert A.isfinite().all() and A.dtype == torch.promote_types(dtype, torch.float32)
+        assert weighted_error(W, weighs, B, A) == pytest.approx(eckart_young(W, weighs, 3), rel=1e-5)
+
+
+@pytest.mark.parametrize("rank, channels, value", [(0, 6, "rank=0"), (5, 6, "rank=5"), (2, 4, "(4,)")])
+def test_svd_refuses_what_does_not_fit(rank, channels, value):
+    with pytest.raises(ValueError, match=re.escape(value)):
+        outlier_weighted_svd(torch.randn(4, 6), torch.ones(channels), rank)
+
+
+# ---- 3. Ranks ------------------------------------------------------------------------------------------------------
+
+
+def test_outlier_score_by_hand():
+    W, rms = torch.tensor([[1.0, -2, 0], [3, 0.5, -1]]), torch.tensor([1.0, 4, 2])
+    # |W| rms = [[1, 8, 0], [3, 2, 2]], mean 16 / 6 = 2.67: only 8 is above twice the mean, 8 and 3 above the mean.
+    assert outlier_score(W, rms) == (8, 1 / 6)
+    assert outlier_score(W, rms, threshold=1) == (11, 2 / 6)
+    assert outlier_score(W, rms, threshold=5) == (0, 0) == outlier_score(torch.zeros(2, 3), rms)
+    assert outlier_score(10 * W.bfloat16(), rms) == (80, 1 / 6)  # the mass has a scale, the fraction has none
+
+
+def value_of(ranks, importance):
+    """The objective.  Layers of no importance count a little, so that they grow last; if there are no others, alike."""
+    theta = np.array(importance, float)
+    theta = np.maximum(theta, 1e-9 * theta.max()) if theta.any() else np.ones_like(theta)
+    return float(np.log(np.array(ranks, float)) @ theta)
+
+
+def brute_force(importance, costs, budget, min_rank, most):
+    """The best objective among all rank assignments there are."""
+    grids = np.meshgrid(*[np.arange(min(min_rank, m), m + 1) for m in most], indexing="ij")
+    ranks = np.stack([grid.ravel() for grid in grids], 1)
+    return max(value_of(r, importance) for r in ranks[ranks @ np.array(costs) <= budget])
+
+
+def problems(count, costs_from):
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        n = int(rng.integers(1, 5))
+        costs = [int(c) for c in rng.choice(costs_from, n)]
+        importance = [float(t) for t in rng.random(n) ** 3 * (rng.random(n) < 0.8)]  # some are zero
+        min_rank, most = int(rng.integers(1, 3)), [int(m) for m in rng.integers(2, 7, n)]
+        yield importance, costs, sum(costs) * min_rank + int(rng.integers(0, 4 * sum(costs))), min_rank, most
+
+
+def check_spent(ranks, importance, costs, budget, min_rank, most):
+    """Within all bounds, and what is left is too little for any layer that could still grow."""
+    assert all(type(r) is int and min_rank <= r <= m for r, m in zip(ranks, most))
+    left = budget - int(np.dot(costs, ranks))
+    assert 0 <= left < min((c for c, r, m in zip(costs, ranks, most) if r < m), default=float("inf"))
+
+
+@pytest.mark.parametrize("costs", [[2, 3, 5, 7], [6, 10], [4], [256 * 32, 256 * 59, 256 * 48], [1, 100, 101]])
+def test_knapsack_equals_brute_force(costs):
+    for problem in problems(100, costs):
+        ranks = knapsack_ranks(*problem)
+        check_spent(ranks, *problem)
+        assert value_of(ranks, problem[0]) == pytest.approx(brute_force(*problem), rel=1e-9, abs=1e-12)
+
+
+def test_greedy_takes_the_best_unit_that_fits_and_is_optimal_for_equal_costs():
+    for problem in [*problems(200, [2, 3, 5, 7, 11]), *problems(200, [3])]:
+        importance, costs, budget, min_rank, most = problem
+        ranks, naive = greedy_ranks(*problem), [min_rank] * len(costs)
+        check_spent(ranks, *problem)
+        if len(set(costs)) == 1:
+            assert value_of(ranks, importance) == pytest.approx(brute_force(*problem), rel=1e-9, abs=1e-12)
+        if min(importance) > 0:
+            while fits := [l for l, m in enumerate(most) if naive[l] < m and costs[l] <= budget - np.dot(costs, naive)]:
+                naive[max(fits, key=lambda l: importance[l] * np.log(1 + 1 / naive[l]) / costs[l])] += 1
+            assert ranks == naive
+    problem = [1.0, 1.4], [2, 3], 8, 1, [9, 9]  # of the 3 units to share out, greedy spends 2 on the first layer
+    assert greedy_ranks(*problem) == [2, 1] and knapsack_ranks(*problem) == [1, 2]
+
+
+def test_ranks_of_a_7b_model_in_milliseconds():
+    """224 layers at average rank 16, at most 64: knapsack under 0.5 s and 1 GB, greedy under 50 ms."""
+    costs = [8192] * 128 + [15104] * 96
+    problem = list(np.random.default_rng(0).random(224) ** 2), costs, 16 * sum(costs), 1, [64] * 224
+    for allocate, limit in ((knapsack_ranks, 0.5), (greedy_ranks, 0.05)):
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            ranks = allocate(*problem)
+            times.append(time.perf_counter() - start)
+        assert min(times) < limit
+        check_spent(ranks, *problem)
+    tracemalloc.start()
+    knapsack_ranks(*problem)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**30
+
+
+@pytest.mark.parametrize("allocate", [greedy_ranks, knapsack_ranks])
+@pytest.mark.parametrize("problem, value", [
+    (([1, 1], [5, 7], 20, 2, [4, 4]), "24"),  # the least that works
+    (([1, float("nan")], [5, 7], 99, 1, [4, 4]), "nan"), (([1, -1], [5, 7], 99, 1, [4, 4]), "-1"),
+    (([1, 1], [5, 0], 99, 1, [4, 4]), "[5, 0]"), (([1, 1], [5, 7], 99, 1, [4, 0]), "[4, 0]"),
+    (([1, 1], [5, 7], 99, 0, [4, 4]), "min_rank=0"), (([1], [5, 7], 99, 1, [4, 4]), "1 importances")])
+def test_ranks_refuse_what_has_no_answer(allocate, problem, value):
+    with pytest.raises(ValueError, match=re.escape(value)):
+        allocate(*problem)
+
+
+# ---- 4. AiraLinear -------------------------------------------------------------------------------------------------
+
+LAYERS = {"in < out": lambda: nn.Linear(6, 9), "in > out": lambda: nn.Linear(9, 6), "conv1d": lambda: Conv1D(6, 9),
+          "no bias": lambda: nn.Linear(8, 6, bias=False)}
+
+
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("rank", [1, 4, 6])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_layer_computes_base_plus_delta(kind, rank, init):
+    """y = base(x) + B A x - B0 A0 x, with A = A0 + lora_A G, B = B0 + lora_B, at every rank from 1 to min(in, out)."""
+    base = LAYERS[kind]().double()
+    W = (base.weight.T if kind == "conv1d" else base.weight).detach().clone()
+    x, bias = inputs(width=W.shape[1]), 0 if base.bias is None else base.bias
+    layer = adapted(nn.Sequential(base), x, rank=rank, init=init)[0]
+    assert isinstance(layer, AiraLinear) and layer.base is base and layer.bias is base.bias
+    assert (layer.in_features, layer.out_features) == (W.shape[1], W.shape[0]) and not layer.delta().any()
+    for parameter in (layer.lora_A, layer.lora_B):  # of shapes (r, in) and (out, r), or the line after next fails
+        nn.init.normal_(parameter)
+    B0 = torch.zeros(len(W), rank).double() if init == "subspace" else layer.start_B
+    moved = layer.lora_A @ dense(layer.gain, layer.directions, layer.stretch)
+    dW = (B0 + layer.lora_B) @ (layer.start_A + moved) - B0 @ layer.start_A
+    close(layer(x), x @ (W + dW).T + bias)
+    close(layer.delta(), dW)
+    close(layer.weight, (W + dW).T if kind == "conv1d" else W + dW)
+    B, A = layer.factors()  # plain LoRA, of twice the rank where B0 is not zero
+    assert len(A) == B.shape[1] == (2 * rank if init == "svd" else rank)
+    close(B @ A, dW)
+
+
+def test_the_two_starts_are_the_decompositions_they_claim():
+    """svd: of W S.  subspace: B0 = 0, and A0 has the row space of V_r^T G, where W G^-1 = U diag(s) V^T."""
+    base, x = nn.Sequential(nn.Linear(10, 6)).double(), inputs()
+    layer, rms = adapted(copy.deepcopy(base), x, rank=2, init="svd")[0], x.square().mean(0).sqrt()
+    W = layer.base.weight.detach()
+    assert weighted_error(W, rms, layer.start_B, layer.start_A) == pytest.approx(eckart_young(W, rms, 2), rel=1e-6)
+    layer = adapted(base, x, rank=2, init="subspace")[0]
+    G = dense(layer.gain, layer.directions, layer.stretch).detach()
+    vt = torch.linalg.svd(W @ torch.linalg.inv(G))[2][:2]
+    mine, theirs = (torch.linalg.qr(rows.T)[0] for rows in (layer.start_A, vt @ G))
+    assert layer.start_B is None and (torch.linalg.svdvals(mine.T @ theirs) > 1 - 1e-6).all()
+
+
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_start_is_the_base_bit_for_bit_and_training_never_touches_it(dtype, init):
+    model, x = Net().to(dtype), inputs(dtype=dtype)
+    output, before = model(x), fingerprint(model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+        automatic = model(x)
+    adapted(model, x, init=init)
+    assert bits(model(x)) == bits(output) and model.up.lora_A.dtype == torch.promote_types(dtype, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+        assert bits(model(x)) == bits(automatic)
+    fit(model, x, 5)
+    assert far(model(x), output)
+    remove_aira(model)
+    assert fingerprint(model) == before and bits(model(x)) == bits(output)
+
+
+def test_weight_decay_keeps_the_pretrained_weights():
+    """AdamW decays differences that start at zero: without any loss, the output stays where it was."""
+    model, x = Net().double(), inputs()
+    before = model(x)
+    adapted(model, x, init="svd")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=5.0)
+    for _ in range(5):
+        optimizer.zero_grad()
+        (model(x) * 0).sum().backward()
+        optimizer.step()
+    assert torch.equal(model(x), before)
+
+
+def test_a_sample_does_not_depend_on_its_batch():
+    model, x = adapted(train=5), inputs()
+    for others in (x[1:2], 1e6 * x[1:], 0 * x[1:]):
+        close(model(torch.cat([x[:1], others]))[:1], model(x[:1]))
+
+
+def moved(layer, x, target, optimizer, hook=None):
+    """One optimizer step on a copy's lora_A: by how much its A = A0 + lora_A G moves."""
+    layer = copy.deepcopy(layer)
+    if hook:
+        layer.lora_A.register_hook(hook)
+    (layer(x) - target).square().mean().backward()
+    optimizer([layer.lora_A]).step()
+    return layer.factors()[1][:len(layer.lora_A)].detach()  # the svd start's A is [lora_A G ; A0]
+
+
+@pytest.mark.parametrize("k", [0, 3, 10])
+def test_sgd_is_amplified_by_the_gain_squared_and_adam_by_the_gain(k):
+    x, target = inputs(), randn(96, 6)
+    layer = adapted(nn.Sequential(nn.Linear(10, 6)).double(), x, rank=2, init="svd", directions=k)[0]
+    G, A = dense(layer.gain, layer.directions, layer.stretch), layer.start_A.detach().clone().requires_grad_()
+    y = layer.base(x) + x @ (layer.start_B @ (A - layer.start_A)).T
+    gradient = torch.autograd.grad((y - target).square().mean(), A)[0]  # of A itself, by plain autograd
+    assert far(G, G.diagonal().mean() * torch.eye(10), 0.1)
+    close(moved(layer, x, target, lambda p: torch.optim.SGD(p, lr=0.01)), -0.01 * gradient @ G @ G)
+    first = moved(layer, x, target, lambda p: torch.optim.Adam(p, lr=0.01, eps=1e-30))
+    close(first, -0.01 * (gradient @ G).sign() @ G)  # Adam's first step is the sign of its gradient
+
+
+def test_a_gradient_hook_is_a_placebo_under_adam():
+    x, target, loud = inputs(), randn(96, 6), torch.logspace(-2, 2, 10).double()
+    layer = adapted(nn.Sequential(nn.Linear(10, 6)).double(), x, rank=2, init="svd", amplify=0)[0]
+    for optimizer, undone in ((torch.optim.Adam, True), (torch.optim.SGD, False)):
+        plain, hooked = (moved(layer, x, target, lambda p: optimizer(p, lr=0.01), hook) for hook in (None, loud.mul))
+        assert torch.allclose(plain, hooked, rtol=1e-4) == undone
+
+
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("weights", ["random", "zero"])
+def test_every_adapter_gets_a_gradient(init, weights):
+    """All columns of lora_B from the first step and all rows of lora_A after it; so a zero-initialised layer learns."""
+    model, x = Net().double(), inputs()
+    if weights == "zero":
+        nn.init.zeros_(model.head.weight)
+    adapted(model, x, init=init)
+    for wanted in ("lora_B", "lora_A"):
+        model.zero_grad()
+        (model(x) - 1).square().mean().backward()
+        for name in ["head"] if weights == "zero" else SHAPES:
+            gradient = getattr(model.get_submodule(name), wanted).grad
+            assert gradient.any(0 if wanted == "lora_B" else 1).all(), f"{name}: some of its rank can never train"
+        for parameter in model.parameters():
+            parameter.data -= 0 if parameter.grad is None else 0.05 * parameter.grad
+
+
+def test_each_of_the_three_ideas_changes_the_result():
+    def outcome(**options):
+        torch.manual_seed(0)
+        return adapted(train=5, **options)(inputs())
+
+    assert torch.equal(outcome(), outcome())
+    for change in ({"init": "svd"}, {"importance": "uniform"}, {"amplify": 0}, {"directions": 0}, {"directions": 2}):
+        assert far(outcome(**change), outcome(), 1e-3), change
+
+
+# ---- 5. apply_aira -------------------------------------------------------------------------------------------------
+
+
+def test_report_prints_a_table_and_keeps_the_budget():
+    model, x = Net(), inputs(dtype=torch.float32)
+    report = apply_aira(model, lambda: [model(x), model(x[:4])], rank=4)
+    assert {row.name: row.shape for row in report.rows} == SHAPES and report.skipped == {}
+    for row in report.rows:
+        adapter = model.get_submodule(row.name)
+        assert row.rank == len(adapter.lora_A) and row.parameters == adapter.lora_A.numel() + adapter.lora_B.numel()
+        assert row.tokens == (200 if row.name == "shared" else 100)  # it is called twice
+    spent = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert report.budget == 4 * sum(map(sum, SHAPES.values())) >= spent == sum(row.parameters for row in report.rows)
+    head, up, *_, total, budget = str(report).splitlines()
+    assert head.split() == ["layer", "out", "x", "in", "tokens", "score", "rank", "parameters"]
+    row = report.rows[0]
+    assert up.split() == ["up", "24", "x", "10", "100", f"{row.score:.4g}", str(row.rank), f"{row.parameters:,}"]
+    assert total.split() == ["total", f"{spent:,}"] and f"{report.budget:,}" in budget
+    assert len(head) == len(up) == len(total)
+
+
+@pytest.mark.parametrize("allocate", [greedy_ranks, knapsack_ranks])
+@pytest.mark.parametrize("importance", ["outlier", "fraction", "activation", "uniform"])
+def test_scores_and_ranks_follow_the_chosen_importance_within_bounds(importance, allocate):
+    model, x = Net().double(), inputs()
+    rms, weight, size = x.square().mean(0).sqrt(), model.up.weight.detach(), model.up(x).detach().norm(dim=1).mean()
+    options = {"rank": 4, "min_rank": 2, "max_rank": 6, "importance": importance, "allocate": allocate.__name__[:-6]}
+    report = apply_aira(model, lambda: model(x), **options)
+    score = {"outlier": outlier_score(weight, rms)[0], "fraction": outlier_score(weight, rms, 5)[1],
+             "activation": size.item(), "uniform": 1}
+    assert report.rows[0].score == pytest.approx(score[importance], rel=1e-4)
+    costs, most = [sum(row.shape) for row in report.rows], [min(*row.shape, 6) for row in report.rows]
+    problem = [row.score for row in report.rows], costs, report.budget, 2, most
+    ranks = [min(4, m) for m in most] if importance == "uniform" else allocate(*problem)
+    assert [row.rank for row in report.rows] == ranks
+
+
+def test_without_calibration_a_warning_says_that_all_channels_weigh_the_same():
+    model, ones = Net().double(), torch.ones(10)
+    W = model.up.weight.detach()
+    with pytest.warns(UserWarning, match="without calibrate"):
+        assert all(row.tokens == 0 for row in apply_aira(model, rank=3, init="svd").rows) and model.up.gain is None
+    error, rank = weighted_error(W, ones, model.up.start_B, model.up.start_A), len(model.up.lora_A)
+    assert error == pytest.approx(eckart_young(W, ones, rank), rel=1e-6)
+
+
+def test_targets_are_names_or_their_endings_and_heads_and_tied_weights_are_skipped_by_name():
+    def model(tied=False):
+        model = nn.Sequential(Net(), nn.Linear(3, 3), nn.Linear(3, 3), nn.Embedding(3, 3))
+        model.forward = lambda x: model[2](model[1](model[0](x)))
+        model.get_output_embeddings = lambda: model[2]
+        if tied:
+            model[1].weight = model[3].weight
+        return model
+
+    def apply(model, **options):
+        report = apply_aira(model, lambda: model(inputs(dtype=torch.float32)), rank=2, **options)
+        return [row.name for row in report.rows], report.skipped
+
+    body = [f"0.{name}" for name in SHAPES]
+    assert apply(model())[0] == [*body, "1"] and list(apply(model())[1]) == ["2"]
+    assert apply(model(), also_train=["head", "1"])[0] == body[:-1]
+    assert apply(model(), targets=["up", "0.mix", "2"])[0] == ["0.up", "0.mix", "2"]
+    names, skipped = apply(model(tied=True))
+    assert names == body and "tied" in skipped["1"] and "head" in skipped["2"]
+    for targets in ("1", ["up", "p"]):  # tied; the end of a word is not the end of a name
+        tied = model(tied=True)
+        with unchanged(tied), pytest.raises(ValueError, match="0.up"):
+            apply_aira(tied, lambda: 1 / 0, targets=targets)
+
+
+def test_encoder_layer_in_eval_uses_the_adapter_on_its_fast_path(monkeypatch):
+    """The fused kernel reads linear1.weight and calls nothing: an adapter that only had forward would be ignored."""
+    model, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0), torch.randn(3, 5, 8)
+    report = apply_aira(model, lambda: model(x), rank=2)
+    assert [row.name for row in report.rows] == ["linear1", "linear2"] and "self_attn.out_proj" in report.skipped
+    fit(model, x, 10)
+    fused, calls = torch._transformer_encoder_layer_fwd, []
+    monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", lambda *args: calls.append(1) or fused(*args))
+    slow = model.eval()(x)
+    with torch.no_grad():
+        assert not calls
+        close(model(x), slow.detach(), 1e-5)
+        assert calls
+        with aira_off(model):
+            assert far(model(x), slow)
+
+
+def test_attention_out_proj_works_through_its_weight():
+    model, x = nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(3, 5, 8)
+    for targets, message in ((None, "MultiheadAttention"), ("out_proj", "never called layer 'out_proj'")):
+        with unchanged(model), pytest.raises(ValueError, match=message):
+            apply_aira(model, lambda: model(x, x, x), rank=2, targets=targets)
+    before = model(x, x, x)[0]
+    with pytest.warns(UserWarning, match="calibrate"):
+        apply_aira(model, rank=2, targets="out_proj")
+    model(x, x, x)[0].square().sum().backward()
+    model.out_proj.lora_B.data -= model.out_proj.lora_B.grad
+    after = model(x, x, x)[0].detach()
+    assert far(after, before)
+    with torch.no_grad():
+        close(model.eval()(x, x, x)[0], after, 1e-5)
+        merge_aira(model)
+        close(model(x, x, x)[0], after, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("amplify", [0.35, 1.0])
+@pytest.mark.parametrize("case", ["one token", "one token many times", "dead channels", "dead layer"])
+def test_thin_calibration_still_starts_at_the_base_and_trains(case, amplify, dtype):
+    x, live = torch.randn(64, 40), torch.randn(64, 40).to(dtype)
+    x = {"one token": x[:1], "one token many times": x[:1].repeat(20000, 1), "dead layer": 0 * x,
+         "dead channels": x * (torch.arange(40) > 9)}[case].to(dtype)
+    for init in INITS:
+        model = nn.Sequential(nn.Linear(40, 40)).to(dtype)
+        before = model(live)
+        adapted(model, x, init=init, amplify=amplify)
+        assert bits(model(live)) == bits(before)
+        fit(model, live, 3)
+        after = model(live).detach()
+        assert far(after, before) and after.abs().max() < (1e5 if amplify == 1 else 100)  # also no NaN and no inf
+
+
+def test_calibration_restores_mixed_modes_and_random_state():
+    model = nn.Sequential(nn.Linear(10, 10), nn.Dropout(0.5), nn.BatchNorm1d(10), nn.Linear(10, 10))
+    model[1].eval()
+    modes, seen, before = [m.training for m in model], [], bits(torch.get_rng_state()) + bits(model[2].running_mean)
+
+    def run():
+        seen.append((model.training, model[1].training, torch.is_grad_enabled()))
+        model(torch.randn(32, 10))
+        model.train()
+
+    apply_aira(model, run, rank=2)
+    assert seen == [(False, False, False)] and [module.training for module in model] == modes and model[0].base.training
+    assert before == bits(torch.get_rng_state()) + bits(model[2].running_mean)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, MemoryError])
+def test_the_model_is_as_it_was_when_calibrate_raises_or_a_later_step(error, monkeypatch):
+    model, x, calls, truncated = Net().double(), inputs(), [], aira._top_svd
+    model.mix.eval()
+    model.up.requires_grad_(False)
+
+    def second_time(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+        return truncated(*args) if args else model(x + torch.randn(10))
+
+    if error is MemoryError:
+        monkeypatch.setattr(aira, "_top_svd", second_time)
+    with unchanged(model), pytest.raises(error):
+        apply_aira(model, (lambda: model(x)) if error is MemoryError else lambda: [second_time(), second_time()])
+    assert adapted(model, x)  # and a second try works
+
+
+def put(weight):
+    return lambda model: setattr(model.down, "weight", nn.Parameter(weight, requires_grad=weight.is_floating_point()))
+
+
+def lazy(model):
+    model.down = nn.LazyLinear(10)
+
+
+def parametrised(model):
+    nn.utils.parametrizations.weight_norm(model.down)
+
+
+X = torch.ones(8, 10)
+NAN, INF = X.clone().fill_(float("nan")), X.clone().fill_(float("inf"))
+BAD = [  # arguments, what was done to the model before, and the words that the error must have
+    ({"targets": "q_prj"}, None, "q_prj up head"),
+    ({"targets": ["up", "q_prj"]}, None, "['q_prj'] down"),
+    ({"targets": []}, None, "[] down"),
+    ({"targets": "head", "also_train": "head"}, None, "head also_train"),
+    ({"rank": 0}, None, "rank=0 >= 1"),
+    ({"rank": True}, None, "rank=True whole"),
+    ({"rank": 1.5}, None, "rank=1.5 whole"),
+    ({"rank": None}, None, "rank=None whole"),
+    ({"min_rank": 0}, None, "min_rank=0"),
+    ({"max_rank": 0}, None, "max_rank=0"),
+    ({"rank": 2, "min_rank": 3}, None, "budget=298 min_rank=3 447"),
+    ({"rank": 2, "min_rank": 3, "importance": "uniform"}, None, "min_rank=3"),
+    ({"rank": 3, "min_rank": 3, "max_rank": 2}, None, "min_rank=3 max_rank=2"),
+    ({"directions": -1}, None, "directions=-1"),
+    ({"amplify": float("nan")}, None, "amplify=nan"),
+    ({"init": "pissa"}, None, "pissa svd"),
+    ({"importance": "owl"}, None, "owl outlier"),
+    ({"allocate": "dp"}, None, "dp knapsack"),
+    ({"also_train": ["head", "nrom"]}, None, "['nrom'] norm"),
+    ({"calibrate": [X]}, None, "list callable"),
+    ({"calibrate": lambda: None}, None, "never 'up'"),
+    ({}, lambda model: setattr(model, "forward", lambda x: model.up(NAN)), "'up' NaN"),
+    ({}, lambda model: setattr(model, "forward", lambda x: model.up(INF)), "'up' inf"),
+    ({}, put(NAN), "'down' NaN"),
+    ({}, put(INF), "'down' inf"),
+    ({}, put(torch.ones(10, 24, dtype=torch.int8)), "'down' int8 dequantise"),
+    ({}, put(torch.ones(10, 24, device="meta")), "'down' meta"),
+    ({}, put(torch.ones(10, 0)), "'down' empty"),
+    ({}, lazy, "'down' lazy"),
+    ({}, parametrised, "'down' parametrised"),
+    ({}, lambda model: adapted(model, X), "already remove_aira"),
+]
+
+
+@pytest.mark.parametrize("options, spoil, words", BAD, ids=[f"{i} {row[2]}" for i, row in enumerate(BAD)])
+def test_bad_input_is_named_and_leaves_the_model_as_it_was(options, spoil, words):
+    model = Net()
+    if spoil:
+        spoil(model)
+    with unchanged(model), pytest.raises((ValueError, TypeError)) as caught:
+        apply_aira(model, **{"calibrate": lambda: model(X), **options})
+    assert all(word in str(caught.value) for word in words.split()), caught.value
+
+
+@pytest.mark.parametrize("spoil", [lazy, parametrised, put(NAN), put(torch.ones(10, 24, dtype=torch.int8))])
+def test_a_layer_that_is_left_out_of_targets_may_be_anything(spoil):
+    model = Net()
+    spoil(model)
+    assert len(apply_aira(model, lambda: model.up(X), rank=2, targets="up").rows) == 1
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(4, 4), Conv1D(4, 4)])
+def test_a_bare_layer_cannot_be_replaced_in_place(layer):
+    with unchanged(layer), pytest.raises(ValueError, match=r"nn\.Sequential"):
+        apply_aira(layer, lambda: layer(torch.ones(2, 4)))
+
+
+# ---- 6. Merge, remove, save, load, export --------------------------------------------------------------------------
+
+
+def plain_lora(base, folder):
+    """What PEFT makes of the files, in a copy of the base: W + alpha / r B A, with r and alpha from the first pattern
+    that a layer's name ends with, and modules_to_save in full."""
+    config, model = json.loads((folder / "adapter_config.json").read_text()), copy.deepcopy(base)
+    tensors = {key.removeprefix("base_model.model."): tensor for key, tensor in
+               torch.load(folder / "adapter_model.bin", weights_only=True).items()}
+    assert (config["peft_type"], config["bias"], config["lora_dropout"]) == ("LORA", "none", 0)
+    for name, module in model.named_modules(remove_duplicate=False):
+        targets = config["target_modules"]
+        if re.fullmatch(targets, name) if isinstance(targets, str) else any(
+                name == target or name.endswith("." + target) for target in targets):
+            A, B = tensors.pop(f"{name}.lora_A.weight"), tensors.pop(f"{name}.lora_B.weight")
+            r, alpha = (next(value for key, value in [*config[pattern].items(), (".*", config[default])]
+                             if re.match(rf"(.*\.)?({key})$", name))
+                        for pattern, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")))
+            assert A.shape[0] == B.shape[1] == r, f"PEFT would give {name} the rank {r}"
+            module.weight.data += (alpha / r * B @ A).T if isinstance(module, Conv1D) else alpha / r * B @ A
+    assert all(key.startswith(tuple(f"{name}." for name in config["modules_to_save"] or ())) for key in tensors)
+    assert not model.load_state_dict(tensors, strict=False).unexpected_keys
+    return model
+
+
+def check_round_trips(base, model, x, folder=None, tolerance=1e-9):
+    """Train, eval, reloaded, exported and merged: one function, in the base's own modules."""
+    output = model.train()(x)
+    close(model.eval()(x), output, tolerance)
+    file, fresh = io.BytesIO(), copy.deepcopy(base)
+    torch.save(aira_state_dict(model), file)
+    file.seek(0)
+    load_aira(fresh, torch.load(file, weights_only=True))  # which refuses any file that could run code
+    assert bits(fresh(x)) == bits(model(x))
+    assert [(n, p.requires_grad) for n, p in fresh.named_parameters()] == [
+        (n, p.requires_grad) for n, p in model.named_parameters()]
+    if folder:
+        save_peft(model, folder)
+        close(plain_lora(base, folder)(x), output, tolerance)
+    merged = copy.deepcopy(model)
+    merge_aira(merged)
+    close(merged(x), output, tolerance)
+    assert [*map(type, merged.modules())] == [*map(type, base.modules())]
+
+
+@pytest.fixture
+def no_safetensors(monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+
+
+@pytest.mark.parametrize("options", [{}, {"init": "svd"}, {"amplify": 0}, {"directions": 0, "init": "svd"},
+                                     {"also_train": ["head", "norm"]}])
+def test_train_eval_reloaded_exported_and_merged_agree(options, tmp_path, no_safetensors):
+    base, x = Net().double(), inputs()
+    model = adapted(copy.deepcopy(base), x, train=5, **options)
+    assert far(model(x), base(x), 0.1) and model.shared is model.again
+    check_round_trips(base, model, x)
+    with pytest.raises(ValueError, match="again.*merge_aira"):  # PEFT adapts a shared layer under its first name only
+        save_peft(model, tmp_path)
+    base.again = nn.Linear(10, 10).double()
+    check_round_trips(base, adapted(copy.deepcopy(base), x, train=5, **options), x, tmp_path)
+    twin = pickle.loads(pickle.dumps(model))
+    assert torch.equal(twin(x), model(x))
+    merge_aira(twin)
+    assert isinstance(model.up, AiraLinear) and type(twin.shared) is nn.Linear and twin.shared is twin.again
+
+
+def test_merge_rounds_once_from_float32_into_the_same_layer_and_refuses_a_diverged_run():
+    model, x = Net().bfloat16(), inputs(dtype=torch.bfloat16)
+    up, mix = model.up, model.mix
+    adapted(model, x, train=5, init="svd")
+    wanted = (up.weight.float() + model.up.delta()).bfloat16(), (mix.weight.float() + model.mix.delta().T).bfloat16()
+    broken = copy.deepcopy(model)
+    merge_aira(model)
+    assert model.up is up and model.mix is mix and all(map(torch.equal, wanted, (up.weight, mix.weight)))
+    nn.init.constant_(broken.mix.lora_B, float("inf"))
+    with unchanged(broken), pytest.raises(ValueError, match="mix"):
+        merge_aira(broken)
+
+
+@pytest.mark.parametrize("undo", [remove_aira, merge_aira])
+def test_also_train_is_trained_saved_and_reloaded_and_flags_come_back(undo):
+    base, x = nn.Sequential(Net(), nn.BatchNorm1d(3), nn.Linear(3, 3)).double(), inputs()
+    base[0].up.requires_grad_(False)
+    base[2].bias.requires_grad_(False)
+    model, flags = copy.deepcopy(base), {name: p.requires_grad for name, p in base.named_parameters()}
+    adapted(model, x, train=5, also_train=["1", "2"])
+    lora = {f"0.{name}.{tensor}" for name in SHAPES for tensor in ("lora_A", "lora_B")}
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == lora | {"1.weight", "1.bias", "2.weight", "2.bias"}
+    state = aira_state_dict(model)
+    assert far(state["2.weight"], base[2].weight) and "1.running_mean" in state and "0.up.weight" not in state
+    load_aira(base, state)
+    assert bits(base.eval()(x)) == bits(model.eval()(x))
+    fit(model.train(), x, 2), fit(base.train(), x, 2)  # training goes on from there as if nothing had happened
+    close(base(x), model(x))
+    head = model[2].weight.detach().clone()
+    undo(model)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert torch.equal(model[2].weight, head)
+
+
+def test_aira_off_computes_as_the_base():
+    base, x = Net().double(), inputs()
+    model = adapted(copy.deepcopy(base), x, train=3)
+    trained = model(x)
+    with pytest.raises(RuntimeError), aira_off(model):
+        assert bits(model(x)) == bits(base(x)) and torch.equal(model.up.weight, base.up.weight)
+        raise RuntimeError
+    assert torch.equal(model(x), trained)  # also after an error
+    with aira_off(model):
+        with aira_off(model):
+            pass
+        assert torch.equal(model(x), base(x))  # also when nested
+        with contextlib.suppress(ValueError):
+            merge_aira(model)
+    close(model(x), trained)  # merged or refused, but not lost
+
+
+@pytest.mark.parametrize("use", [merge_aira, remove_aira, aira_state_dict, lambda model: save_peft(model, "nowhere"),
+                                 lambda model: aira_off(model).__enter__()])
+def test_nothing_to_merge_remove_or_save_without_adapters(use):
+    for model in (Net(), adapted()):
+        if isinstance(model.up, AiraLinear):
+            remove_aira(model)
+        with unchanged(model), pytest.raises(ValueError, match="no AIRA adapters.*apply_aira"):
+            use(model)
+
+
+def recount(state):
+    return {**state, "aira.tensors": torch.tensor(len(state) - 1)}
+
+
+BROKEN = [  # how a file goes wrong, and the words that the error must have
+    (lambda s: {k: t for k, t in s.items() if k != "up.lora_B"}, "aira_state_dict"),
+    (lambda s: {k: t for k, t in s.items() if not k.startswith("up.")}, "aira_state_dict"),  # a whole layer
+    (lambda s: {k: t for k, t in s.items() if k != "aira.tensors"}, "aira_state_dict"),
+    (lambda s: {}, "aira_state_dict"),
+    (lambda s: recount({"aira.tensors": s["aira.tensors"]}), "aira_state_dict"),
+    (lambda s: recount({k: t for k, t in s.items() if k != "up.lora_B"}), "up.lora_B missing"),
+    (lambda s: recount({k: t for k, t in s.items() if k != "up.directions"}), "up.directions missing"),
+    (lambda s: recount({**s, "side.lora_A": s["up.lora_A"]}), "side.lora_A unexpected"),
+    (lambda s: recount({**s, "up.lora_C": s["up.lora_A"]}), "up.lora_C unexpected"),
+    (lambda s: {"wrapped." + k if k.startswith("up.") else k: t for k, t in s.items()}, "wrapped.up.lora_A unexpected"),
+    (lambda s: {**s, "up.lora_A": s["up.lora_A"][:, 1:]}, "up.lora_A 9) 10)"),
+    (lambda s: {**s, "up.lora_A": s["up.lora_A"][1:]}, "up.lora_A"),
+    (lambda s: {**s, "head.bias": torch.zeros(7)}, "head.bias (7,) (3,)"),
+    (lambda s: {**s, "up.lora_A": s["up.lora_A"] * float("nan")}, "up.lora_A NaN"),
+    (lambda s: {**s, "head.bias": s["head.bias"] / 0}, "head.bias inf"),
+    (lambda s: "adapter.pt", "str weights_only=True"),
+    (lambda s: {**s, "side": print}, "weights_only=True"),
+]
+
+
+@pytest.mark.parametrize("spoil, words", BROKEN, ids=[f"{i} {words}" for i, (_, words) in enumerate(BROKEN)])
+def test_a_broken_file_is_named_and_changes_nothing(spoil, words):
+    base = Net().double()
+    state = aira_state_dict(adapted(copy.deepcopy(base), train=1, also_train="head"))
+    with unchanged(base), pytest.raises((ValueError, TypeError)) as caught:
+        load_aira(base, spoil(state))
+    assert all(word in str(caught.value) for word in words.split()), caught.value
+    load_aira(base, state)  # whereas the whole file does
+    with unchanged(base), pytest.raises(ValueError, match="already has AIRA"):
+        load_aira(base, state)
+
+
+def test_peft_files_name_each_layer_unmistakably(tmp_path, no_safetensors):
+    """PEFT takes the first pattern that a name ends with: "proj" must not speak for "block.proj"."""
+    base, x = nn.Sequential(OrderedDict(proj=nn.Linear(10, 10))).double(), inputs()
+    base.add_module("block", nn.Sequential(OrderedDict(proj=nn.Linear(10, 30))).double())
+    base.block.proj.weight.data *= 20  # so that it gets more rank
+    model = adapted(copy.deepcopy(base), x, train=3)
+    assert len(model.proj.lora_A) < len(model.block.proj.lora_A)
+    check_round_trips(base, model, x, tmp_path)
+
+
+def test_peft_file_is_safetensors_where_that_is_installed(tmp_path, monkeypatch):
+    fake, written = types.ModuleType("safetensors.torch"), {}
+    fake.save_file = lambda tensors, path, metadata=None: written.update({path: tensors})
+    monkeypatch.setitem(sys.modules, "safetensors", types.ModuleType("safetensors"))
+    monkeypatch.setitem(sys.modules, "safetensors.torch", fake)
+    model = Net().double()
+    model.again = nn.Linear(10, 10).double()
+    save_peft(adapted(model, train=1), tmp_path)
+    tensors = list(written[str(tmp_path / "adapter_model.safetensors")].values())
+    assert len({t.untyped_storage().data_ptr() for t in tensors}) == len(tensors)  # it refuses shared memory
+    assert all(t.is_contiguous() for t in tensors) and not (tmp_path / "adapter_model.bin").exists()
+
+
+# ---- Models by chance ----------------------------------------------------------------------------------------------
+
+
+def chance(rng):
+    """A model of random depth, widths, nesting, biases, shared layers, frozen parts and odd names."""
+    parts, width, square = OrderedDict(), 6, None
+    for i in range(rng.randint(1, 5)):
+        out = width if rng.random() < 0.3 else rng.choice([1, 3, 6, 9, 16])
+        layer = Conv1D(out, width) if rng.random() < 0.3 else nn.Linear(width, out, bias=rng.random() < 0.5)
+        layer = square if square is not None and out == width else layer  # shared
+        square, width = layer if out == width else None, out
+        layer.requires_grad_(rng.random() < 0.7)
+        nest = rng.choice([lambda m: m, nn.Sequential, lambda m: nn.Sequential(nn.Sequential(m, nn.Tanh()))])
+        parts[rng.choice(["lora_A", "base", "weird-name", "0", "gain", "é"]) + "_" * i] = nest(layer)
+    return nn.Sequential(parts)
+
+
+def test_invariants_on_150_random_models(tmp_path, no_safetensors):
+    for number in range(150):
+        rng = random.Random(number)
+        torch.manual_seed(number)
+        dtype = rng.choice(DTYPES)
+        model, x = chance(rng).to(dtype), inputs(24, 6, dtype)
+        base, before, output = copy.deepcopy(model), fingerprint(model), model(x)
+        report = apply_aira(
+            model, lambda: model(x), rank=rng.randint(1, 9), init=rng.choice(INITS), amplify=rng.choice([0, 0.35]),
+            importance=rng.choice(["outlier", "fraction", "activation", "uniform"]), directions=rng.choice([0, 2, 32]),
+            allocate=rng.choice(["knapsack", "greedy"]))
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        assert bits(model(x)) == bits(output) and sum(p.numel() for p in trainable) <= report.budget, number
+        for parameter in trainable:
+            nn.init.normal_(parameter, 0, 0.02)
+        fresh = copy.deepcopy(base)
+        load_aira(fresh, aira_state_dict(model))
+        assert bits(fresh(x)) == bits(model(x)), number
+        precise = copy.deepcopy(model).double()  # without rounding, all forms must agree
+        check_round_trips(base.double(), precise, x.double(), tolerance=1e-8)
+        remove_aira(model)
+        assert fingerprint(model) == before and bits(model(x)) == bits(output), number
