@@ -4,6 +4,7 @@ force, Eckart-Young, dense matrices and their eigenvectors, plain autograd.  Off
 """
 import contextlib
 import copy
+import gc
 import io
 import json
 import pickle
@@ -13,6 +14,7 @@ import sys
 import time
 import tracemalloc
 import types
+import warnings
 from collections import OrderedDict
 
 import numpy as np
@@ -955,3 +957,501 @@ def test_invariants_on_150_random_models(tmp_path, no_safetensors):
         check_round_trips(base.double(), precise, x.double(), tolerance=1e-8)
         remove_aira(model)
         assert fingerprint(model) == before and bits(model(x)) == bits(output), number
+
+
+# ==== Real models and tools; each test skips where its package is not installed =====================================
+
+IDS = torch.randint(0, 60, (4, 12), generator=torch.Generator().manual_seed(0))
+PIXELS = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+TEXT = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+VISION = dict(image_size=16, patch_size=8, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+              num_attention_heads=2)
+MODELS = {  # name: config class, its arguments, model class, a batch, targets, also_train
+    "gpt2": ("GPT2Config", dict(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=16), "GPT2LMHeadModel",
+             dict(input_ids=IDS, labels=IDS), ["c_attn", "c_proj", "c_fc"], []),
+    "bert": ("BertConfig", TEXT, "BertForSequenceClassification",
+             dict(input_ids=IDS, labels=torch.tensor([0, 1, 0, 1])), ["query", "value", "dense"], ["classifier"]),
+    "llama": ("LlamaConfig", dict(TEXT, num_key_value_heads=1), "LlamaForCausalLM",
+              dict(input_ids=IDS, labels=IDS), ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"], []),
+    "vit": ("ViTConfig", VISION, "ViTForImageClassification",
+            dict(pixel_values=PIXELS, labels=torch.tensor([0, 1, 0, 1])), None, ["classifier"]),
+    "clip": ("CLIPConfig", dict(text_config=dict(TEXT, eos_token_id=63), vision_config=VISION, projection_dim=16),
+             "CLIPModel",
+             dict(input_ids=IDS, pixel_values=PIXELS, return_loss=True), ["q_proj", "v_proj", "fc1", "fc2"], []),
+}
+
+
+def hf(name, **changes):
+    """A small random model of a Hugging Face class, without dropout, and a batch for it."""
+    transformers = pytest.importorskip("transformers")
+    config, arguments, model, batch, _, _ = MODELS[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, config)(**arguments)
+    for part in (config, getattr(config, "text_config", None), getattr(config, "vision_config", None)):
+        for key in [key for key in vars(part or config) if "drop" in key]:
+            setattr(part or config, key, 0.0)
+    for key, value in changes.items():
+        setattr(config, key, value)
+    return getattr(transformers, model)(config), batch
+
+
+def apply(model, batch, name, **changes):
+    targets, also_train = MODELS[name][4:]
+    options = dict(rank=3, targets=targets, also_train=also_train, directions=6, **changes)
+    return apply_aira(model, lambda: model(**batch), **options)
+
+
+def tune(model, batch, steps=4, lr=1e-2):
+    """A few steps of AdamW; the loss at each."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr)
+    losses = []
+    for _ in range(steps):
+        loss = model(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def answer(model, batch):
+    """What the model answers, as one tensor, in eval mode."""
+    model.eval()
+    with torch.no_grad():
+        out = model(**batch)
+    model.train()
+    return out.logits_per_image if "logits_per_image" in out else out.logits
+
+
+# ---- Hugging Face models -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("init", ["subspace", "svd"])
+@pytest.mark.parametrize("name", MODELS)
+def test_hugging_face_model(name, init):
+    model, batch = hf(name)
+    base, before = copy.deepcopy(model), answer(model, batch)
+    report = apply(model, batch, name, init=init)
+    assert len({row.rank for row in report.rows}) > 1
+    assert torch.equal(answer(model, batch), before)  # bit-identical start
+    losses = tune(model, batch)
+    assert losses[-1] < losses[0]
+    for adapter in (m for m in model.modules() if isinstance(m, AiraLinear)):
+        assert adapter.lora_A.grad.abs().sum() > 0 and adapter.lora_B.grad.abs().sum() > 0
+
+    trained, state = answer(model, batch), aira_state_dict(model)
+    assert not torch.equal(trained, before)
+    with aira_off(model):
+        if not MODELS[name][5]:
+            assert torch.equal(answer(model, batch), before)
+    fresh = copy.deepcopy(base)
+    load_aira(fresh, state)
+    assert torch.equal(answer(fresh, batch), trained)
+    merge_aira(model)
+    torch.testing.assert_close(answer(model, batch), trained, atol=1e-5, rtol=1e-5)
+    assert [type(m) for m in model.modules()] == [type(m) for m in base.modules()]
+    remove_aira(fresh)
+    for (key, tensor), (was_key, was) in zip(fresh.state_dict().items(), base.state_dict().items()):
+        assert key == was_key and (torch.equal(tensor, was) or key.startswith("classifier"))
+
+
+def test_fused_qkv_as_in_timm():
+    """timm's Attention makes q, k and v with one nn.Linear."""
+    class Attention(nn.Module):
+        def __init__(self, width, heads):
+            super().__init__()
+            self.heads, self.qkv, self.proj = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+        def forward(self, x):
+            b, n, c = x.shape
+            q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+            return x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, c))
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Attention(32, 2), Attention(32, 2)), torch.randn(4, 9, 32)
+    before = model(x)
+    apply_aira(model, lambda: model(x), targets=["qkv", "proj"], rank=4)
+    assert torch.equal(model(x), before)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    trained = model(x)
+    assert (trained - before).abs().max() > 1e-3
+    with aira_off(model):
+        assert torch.equal(model(x), before)
+    merge_aira(model)
+    torch.testing.assert_close(model(x), trained)
+
+
+def test_trainer_runs_it_unchanged(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    model, batch = hf("llama")
+    apply(model, batch, "llama")
+    rows = [{"input_ids": ids, "labels": ids} for ids in IDS]
+    arguments = transformers.TrainingArguments(
+        tmp_path, max_steps=6, save_steps=3, logging_steps=1, learning_rate=1e-2, per_device_train_batch_size=4,
+        use_cpu=True, report_to="none", disable_tqdm=True)
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+    after, state = answer(model, batch), aira_state_dict(model)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))  # the last three steps again
+    torch.testing.assert_close(answer(model, batch), after)
+    fresh, _ = hf("llama")
+    load_aira(fresh, state)
+    assert torch.equal(answer(fresh, batch), after)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
+    model, batch = hf("llama")
+    apply(model, batch, "llama", init="svd")
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        model.zero_grad()
+        model.train()
+        model(**batch).loss.backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+    assert model.is_gradient_checkpointing and all(g.abs().sum() > 0 for g in gradients[1].values())
+    torch.testing.assert_close(*gradients)
+
+
+# ---- PEFT ----------------------------------------------------------------------------------------------------------
+
+
+def with_peft(base, directory):
+    """PeftModel.from_pretrained on the untouched base; no key missing, unexpected, or ignored."""
+    peft = pytest.importorskip("peft")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = peft.PeftModel.from_pretrained(base, directory)
+    text = "\n".join(str(warning.message) for warning in caught)
+    assert not any(word in text for word in ("missing", "nexpected", "did not match", "fan_in_fan_out")), text
+    state = model.state_dict()
+    assert set(peft.get_peft_model_state_dict(model)) == set(read(directory)), "PEFT made other adapters than we wrote"
+    assert all(p.isfinite().all() for p in state.values() if p.is_floating_point())
+    return model.eval()
+
+
+def read(directory):
+    if (directory / "adapter_model.bin").exists():
+        return torch.load(directory / "adapter_model.bin", weights_only=True)
+    return pytest.importorskip("safetensors.torch").load_file(directory / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("init", ["subspace", "svd"])
+@pytest.mark.parametrize("name", MODELS)
+def test_peft_loads_what_save_peft_writes(name, init, tmp_path):
+    pytest.importorskip("peft")
+    model, batch = hf(name)
+    base = copy.deepcopy(model)
+    apply(model, batch, name, init=init)
+    tune(model, batch)
+    expected = answer(model, batch)
+    save_peft(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert len(set(config["rank_pattern"].values())) > 1
+    there = with_peft(base, tmp_path)
+    torch.testing.assert_close(answer(there, batch), expected, atol=1e-5, rtol=1e-5)
+    merge_aira(model)
+    merged = there.merge_and_unload()
+    torch.testing.assert_close(answer(merged, batch), answer(model, batch), atol=1e-5, rtol=1e-5)
+    own = model.state_dict()
+    for key, tensor in merged.state_dict().items():
+        torch.testing.assert_close(tensor, own[key], atol=1e-5, rtol=1e-5)
+
+
+class Block(nn.Module):
+    """Names that are the endings of other names: fc and sub.fc, head and overhead and sub.head."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.sub, self.overhead, self.head = nn.Linear(6, 6), nn.Module(), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.sub.fc, self.sub.head = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.head(self.overhead(self.sub.head(self.sub.fc(self.fc(x).tanh()).tanh()).tanh()).tanh())
+
+
+def sequence():
+    """Names 0, 1.0, 1.1.0 and 2."""
+    inner = nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6), nn.Tanh()))
+    return nn.Sequential(nn.Linear(6, 6), inner, nn.Linear(6, 4))
+
+
+@pytest.mark.parametrize("build, only, also", [
+    (sequence, ["0", "1.0", "1.1.0", "2"], []), (sequence, ["0"], []), (sequence, ["1.0"], []),
+    (sequence, ["0", "1.1.0"], []),
+    (Block, ["fc", "sub.fc"], []), (Block, ["fc"], []), (Block, ["sub.fc"], []), (Block, ["fc"], ["head"]),
+    (Block, ["fc", "sub.head", "overhead"], ["head"])])
+def test_peft_with_ambiguous_names(build, only, also, tmp_path):
+    """The adapted layers are exactly `only` and those in full exactly `also`, in PEFT too."""
+    pytest.importorskip("peft")
+    torch.manual_seed(0)
+    base, x = build(), torch.randn(32, 6)
+    model = copy.deepcopy(base)
+    state = {}
+    for name in only:  # load_aira takes exact names, of any ranks
+        out, size = model.get_submodule(name).weight.shape
+        r = 1 + len(state) // 3 % 3
+        shapes = {"lora_A": (r, size), "lora_B": (out, r), "start_A": (r, size)}
+        state.update({f"{name}.{kind}": torch.randn(shape) for kind, shape in shapes.items()})
+    for name in also:
+        state.update({f"{name}.weight": torch.randn_like(model.get_submodule(name).weight),
+                      f"{name}.bias": torch.randn_like(model.get_submodule(name).bias)})
+    load_aira(model, {**state, "aira.tensors": torch.tensor(len(state))})
+    if also == ["head"]:  # PEFT would take sub.head and overhead for it
+        with pytest.raises(ValueError, match="sub.head.*overhead.*merge_aira"):
+            save_peft(model, tmp_path)
+        return
+    save_peft(model, tmp_path)
+    there = with_peft(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(there(x), model(x), atol=1e-5, rtol=1e-5)
+    merge_aira(model)
+    merged = there.merge_and_unload()
+    torch.testing.assert_close(merged(x), model(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_safetensors_where_installed_else_bin(installed, monkeypatch, tmp_path):
+    if installed:
+        pytest.importorskip("safetensors.torch")
+    base, batch = hf("bert")
+    model = copy.deepcopy(base)
+    apply(model, batch, "bert")
+    tune(model, batch)
+    with monkeypatch.context() as patch:
+        if not installed:
+            patch.setitem(sys.modules, "safetensors.torch", None)
+        save_peft(model, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors" if installed else "adapter_model.bin"}
+    torch.testing.assert_close(answer(with_peft(base, tmp_path), batch), answer(model, batch), atol=1e-5, rtol=1e-5)
+
+
+# ---- Precision -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("init", ["subspace", "svd"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_follows_float32(dtype, init):
+    model, batch = hf("llama")
+    half = copy.deepcopy(model).to(dtype)
+    model = copy.deepcopy(half).float()  # the same numbers
+    before = answer(half, batch)
+    ranks = [[row.rank for row in apply(m, batch, "llama", init=init).rows] for m in (model, half)]
+    assert sum(abs(a - b) for a, b in zip(*ranks)) <= 2 and torch.equal(answer(half, batch), before)
+    assert all(p.dtype == torch.float32 for n, p in half.named_parameters() if p.requires_grad)
+    losses = [tune(m, batch, steps=12) for m in (model, half)]
+    assert losses[0][-1] < losses[0][0] - 0.1
+    torch.testing.assert_close(*map(torch.tensor, losses), atol=0.03, rtol=0.03)
+
+    exact = {name: m.base.weight.double() + m.delta().double() for name, m in half.named_modules()
+             if isinstance(m, AiraLinear)}
+    merge_aira(half)
+    for name, weight in exact.items():  # the error is the rounding of the weight, no more
+        merged = half.get_submodule(name).weight
+        rounding = (weight.to(dtype).double() - weight).abs().max()
+        assert merged.dtype == dtype and (merged.double() - weight).abs().max() <= rounding * 1.001
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    model, batch = hf("llama")
+    with torch.autocast("cpu", dtype):
+        before = answer(model, batch)
+        report = apply(model, batch, "llama")  # statistics and decompositions are float32 here as well
+        assert torch.equal(answer(model, batch), before)
+    twin, _ = hf("llama")
+    assert sum(abs(a.rank - b.rank) for a, b in zip(report.rows, apply(twin, batch, "llama").rows)) <= 2
+    exact = tune(twin, batch, steps=8)
+    with torch.autocast("cpu", dtype):
+        losses = tune(model, batch, steps=8)
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(exact), atol=0.05, rtol=0.05)
+
+
+# ---- Compile and export --------------------------------------------------------------------------------------------
+
+
+def compiler_works():
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(3))
+        return True
+    except Exception:  # no C++ compiler
+        return False
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_compile_without_graph_breaks(when, backend):
+    if backend == "inductor" and not compiler_works():
+        pytest.skip("inductor needs a C++ compiler")
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16), nn.GELU(), nn.Linear(16, 4))
+    x, results = torch.randn(8, 16), []
+    for compiled in (False, True):
+        model = copy.deepcopy(plain)
+        run = torch.compile(model, fullgraph=True, backend=backend) if compiled else model
+        if when == "before":
+            run(x)  # compiled before there are adapters
+        apply_aira(model, lambda: model(x), rank=2, directions=4)
+        if when == "after" and compiled:
+            torch._dynamo.reset()
+            run = torch.compile(model, fullgraph=True, backend=backend)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+        for _ in range(3):
+            optimizer.zero_grad()
+            run(x).square().mean().backward()
+            optimizer.step()
+        with aira_off(run):
+            off = run(x)
+        torch.testing.assert_close(off, plain(x))
+        results.append((run(x), aira_state_dict(run)))
+    torch.testing.assert_close(*results)
+
+
+def test_compiled_hugging_face_model_has_no_graph_breaks():
+    model, batch = hf("llama")
+    apply(model, batch, "llama")
+    run = torch.compile(model, fullgraph=True, backend="eager")
+    run(**batch).loss.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    model(**batch).loss.backward()
+    torch.testing.assert_close({n: p.grad for n, p in model.named_parameters() if p.requires_grad}, gradients)
+
+
+def test_export_of_the_merged_model():
+    model, batch = hf("vit")
+    apply(model, batch, "vit")
+    tune(model, batch)
+    merge_aira(model)
+    model.eval()
+    program = torch.export.export(model, (), {"pixel_values": PIXELS})
+    torch.testing.assert_close(program.module()(pixel_values=PIXELS).logits, answer(model, batch))
+
+
+# ---- Distributed ---------------------------------------------------------------------------------------------------
+
+DATA = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))  # process r works on rows 16 r .. 16 r + 15
+LABELS = DATA[:, :4].argmax(1)
+
+
+def perceptron():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 24), nn.GELU(), nn.Linear(24, 4))
+
+
+def learn(model, x, labels):
+    """Four steps; the losses."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    losses = []
+    for _ in range(4):
+        loss = F.cross_entropy(model(x), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def worker(rank, folder):
+    """One of two processes: everything it finds goes to a file."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    x, labels = DATA.chunk(2)[rank], LABELS.chunk(2)[rank]
+    found = {}
+    for init in ("subspace", "svd"):
+        for kind in ("ddp", "fsdp"):
+            model = perceptron()
+            report = apply_aira(model, lambda: model(x), rank=3, directions=4, init=init)
+            start = copy.deepcopy(aira_state_dict(model))
+            if kind == "ddp":
+                wrapped = nn.parallel.DistributedDataParallel(model)
+            else:
+                for layer in model:
+                    if isinstance(layer, AiraLinear):
+                        fully_shard(layer)
+                wrapped = fully_shard(model)
+            losses = learn(wrapped, x, labels)
+            dist.all_reduce(losses)
+            found[init, kind] = dict(rows=[tuple(row) for row in report.rows], start=start, losses=losses / 2,
+                                     state={k: t.clone() for k, t in aira_state_dict(wrapped).items()})
+    found["sharded"] = errors = []
+    for build in (lambda: fully_shard(perceptron()), lambda: perceptron().to("meta")):
+        model = build()
+        with pytest.raises(ValueError) as error:
+            apply_aira(model, lambda: model(x))
+        errors.append(str(error.value))
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gloo")
+    torch.multiprocessing.spawn(worker, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("init", ["subspace", "svd"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_equal_one(two_processes, kind, init):
+    """Each calibrated and trained on its own half of DATA; this process does it all."""
+    model = perceptron()
+    report = apply_aira(model, lambda: model(DATA), rank=3, directions=4, init=init)
+    start = copy.deepcopy(aira_state_dict(model))
+    losses = learn(model, DATA, LABELS)
+    first, second = (found[init, kind] for found in two_processes)
+    assert first["rows"] == second["rows"] and [row[4] for row in first["rows"]] == [row.rank for row in report.rows]
+    for key, tensor in first["start"].items():
+        assert torch.equal(tensor, second["start"][key]), key
+    for key, tensor in start.items():  # singular vectors are unique up to their signs
+        torch.testing.assert_close(first["start"][key].abs(), tensor.abs(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(first["losses"], losses, atol=1e-4, rtol=1e-4)
+    assert losses[-1] < losses[0]
+
+    fresh = perceptron()
+    load_aira(fresh, first["state"])  # what DDP or FSDP2 trained, gathered, on the untouched base
+    assert all(torch.equal(t, second["state"][k]) for k, t in first["state"].items())
+    torch.testing.assert_close(fresh(DATA), model(DATA), atol=1e-3, rtol=1e-3)
+
+
+def test_sharded_or_meta_weights_are_refused(two_processes):
+    for message in two_processes[0]["sharded"]:
+        assert "before sharding" in message
+
+
+# ---- Memory --------------------------------------------------------------------------------------------------------
+
+
+def test_statistics_keep_no_activations():
+    """What calibration holds is O(in k) a layer, the same after one batch and after many."""
+    torch.manual_seed(0)
+    width, k = 64, 4
+    model = nn.Sequential(*(nn.Linear(width, width) for _ in range(3)))
+
+    def numbers():
+        gc.collect()
+        return sum(t.numel() for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.is_floating_point())
+
+    before, held = numbers(), []
+
+    def calibrate():
+        for _ in range(3):
+            model(torch.randn(5000, width))
+            held.append(numbers() - before)
+
+    apply_aira(model, calibrate, directions=k)
+    assert held[0] == held[-1] <= 3 * (2 * width * (k + 16) + 2 * width + 100)
