@@ -33,7 +33,7 @@ import os
 import re
 import sys
 import warnings
-from typing import NamedTuple
+from collections import namedtuple
 
 import numpy as np
 import torch
@@ -358,28 +358,18 @@ def is_linear(module):
 
 # ---- 5. apply_aira -------------------------------------------------------------------------------------------------
 
-class Row(NamedTuple):
-    """What apply_aira did to one layer."""
-    name: str
-    shape: tuple  # (out, in)
-    tokens: int
-    score: float  # importance
-    rank: int
-    parameters: int
+Row = namedtuple("Row", "name shape tokens score rank parameters")  # of one layer; shape (out, in), score its importance
 
-class Report(NamedTuple):
-    """What apply_aira did, printed as a table."""
-    rows: list
-    budget: int  # parameters
-    skipped: dict  # name -> reason
+class Report(namedtuple("Report", "rows budget skipped")):
+    """What apply_aira did, printed as a table: [Row], the budget in parameters, and {name: reason} of skipped layers."""
 
     def __str__(self):
         spent = sum(row.parameters for row in self.rows)
         table = [("layer", "out x in", "tokens", "score", "rank", "parameters")]
-        table += [(row.name, "%d x %d" % row.shape, f"{row.tokens:,}", f"{row.score:.4g}", str(row.rank), f"{row.parameters:,}")
+        table += [(row.name, "%d x %d" % row.shape, f"{row.tokens:,}", f"{row.score:.4g}", f"{row.rank}", f"{row.parameters:,}")
                   for row in self.rows] + [("total", "", "", "", "", f"{spent:,}")]
-        wide = [max(map(len, column)) for column in zip(*table)]
-        lines = ["  ".join([cells[0].ljust(wide[0])] + [c.rjust(w) for c, w in zip(cells[1:], wide[1:])]) for cells in table]
+        first, *others = [max(map(len, column)) for column in zip(*table)]
+        lines = ["  ".join([name.ljust(first)] + [c.rjust(w) for c, w in zip(cells, others)]) for name, *cells in table]
         lines.append(f"budget {self.budget:,} parameters, {spent / self.budget:.1%} spent")
         return "\n".join(lines + [f"skipped {name}: {reason}" for name, reason in self.skipped.items()])
 
@@ -392,7 +382,8 @@ def _matches(name, wanted):
 
 def _check_weight(name, layer):
     weight = layer._parameters.get("weight")
-    if weight is None or nn.parameter.is_lazy(weight) or hasattr(weight, "device_mesh") or weight.is_meta or weight.dim() != 2 or not weight.numel():
+    if (weight is None or nn.parameter.is_lazy(weight) or weight.is_meta or hasattr(weight, "device_mesh")
+            or weight.dim() != 2 or weight.numel() == 0):
         raise ValueError(f"layer {name!r} has no plain two-dimensional weight (lazy, meta, empty, sharded or parametrised): "
                          "load the model first, call apply_aira before sharding it, or leave the layer out of targets")
     if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
@@ -455,6 +446,17 @@ def _calibrate(model, layers, run, k):
     for name in layers:
         statistics[name].finish(name)
     return statistics
+
+def _importance(weight, seen, importance):
+    """theta of one layer, from its (out, in) weight and its Statistics (None without calibration)."""
+    rms = seen.rms if seen else torch.ones(weight.shape[1], device=weight.device)
+    if importance == "outlier":
+        return outlier_score(weight, rms)[0]
+    if importance == "fraction":
+        return outlier_score(weight, rms, threshold=5.0)[1]
+    if importance == "activation":
+        return seen.output_norm if seen else float(weight.float().norm())
+    return 1.0
 
 def _build(layer, seen, rank, init, amplify):
     """The adapter of one layer, from its Statistics (None without calibration)."""
@@ -535,17 +537,7 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="subspace", 
         statistics = _calibrate(model, layers, calibrate, directions if amplify else 0)
 
     weights = {name: _out_in(layer) for name, layer in layers.items()}
-    scores = []
-    for name, weight in weights.items():
-        seen = statistics.get(name)
-        rms = seen.rms if seen else torch.ones(weight.shape[1], device=weight.device)
-        if importance == "activation":
-            scores.append(seen.output_norm if seen else float((weight.float() * rms).norm()))
-        elif importance == "uniform":
-            scores.append(1.0)
-        else:
-            mass, fraction = outlier_score(weight, rms, 2.0 if importance == "outlier" else 5.0)
-            scores.append(mass if importance == "outlier" else fraction)
+    scores = [_importance(weight, statistics.get(name), importance) for name, weight in weights.items()]
     costs = [sum(weight.shape) for weight in weights.values()]
     budget, most = rank * sum(costs), [min(*weight.shape, max_rank) for weight in weights.values()]
     if importance == "uniform":
@@ -558,7 +550,7 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="subspace", 
         swap[id(layer)] = _build(layer, statistics.get(name), r, init, amplify)
         rows.append(Row(name, tuple(weights[name].shape), statistics[name].tokens if statistics else 0, score, r, cost * r))
         if len(layers) > 50:
-            print(f"\raira: {len(rows)} of {len(layers)} layers", end="\n" if len(rows) == len(layers) else "", file=sys.stderr)
+            print(f"\raira: layer {len(rows)} of {len(layers)}", end="\n" * (len(rows) == len(layers)), file=sys.stderr, flush=True)
     _attach(model, swap, trained)  # nothing was changed before this line, and nothing can fail in it
     return Report(rows, budget, skipped)
 
@@ -595,14 +587,13 @@ def remove_aira(model):
 def merge_aira(model):
     """Fold the adapters into the base weights, in float32 or wider, and put the base layers, of their own class, back in
     place: the base model's speed.  ValueError, and nothing changed, without adapters or for weights that become NaN or inf."""
-    inner, adapters = _adapted(model)
-    merged = {name: adapter.merged_weight() for name, adapter in adapters.items()}
-    broken = [name for name, weight in merged.items() if not weight.isfinite().all()]
+    _, adapters = _adapted(model)
+    broken = [name for name, adapter in adapters.items() if not adapter.merged_weight().isfinite().all()]
     if broken:
         raise ValueError(f"merging would write NaN or inf into {broken}: the training run has diverged")
-    for name, adapter in adapters.items():
-        adapter.base.weight.copy_(merged[name])
-    remove_aira(inner)
+    for adapter in adapters.values():
+        adapter.base.weight.copy_(adapter.merged_weight())
+    remove_aira(model)
 
 @contextlib.contextmanager
 def aira_off(model):
@@ -636,9 +627,9 @@ def load_aira(model, state):
     if not (isinstance(state, dict) and all(isinstance(tensor, torch.Tensor) for tensor in state.values())):
         raise TypeError(f"state must be the dict of tensors from aira_state_dict, got {type(state).__name__}: read the file with "
                         "torch.load(path, weights_only=True)")
-    if int(state.get("aira.tensors", 0)) != len(state) - 1 or len(state) < 4:
-        raise ValueError(f"state has {len(state) - 1} tensors but was saved with {int(state.get('aira.tensors', 0))}: it is "
-                         "not a whole aira_state_dict")
+    count = int(state.get("aira.tensors", 0))
+    if count == 0 or count != len(state) - 1:
+        raise ValueError(f"state has {len(state)} tensors, and should have {count} and their count: it is no whole aira_state_dict")
     modules, own = dict(model.named_modules()), model.state_dict()
     parts, rest, problems = {}, {}, []
     for key, tensor in state.items():
@@ -650,16 +641,18 @@ def load_aira(model, state):
         elif key not in own and kind in TENSORS and is_linear(modules.get(name)):
             parts.setdefault(name, {})[kind] = tensor
         elif key != "aira.tensors":
-            problems.append(f"{key} {tuple(tensor.shape)} " + (f"should be {tuple(own[key].shape)}" if key in own else "is unexpected"))
+            fault = f"should be {tuple(own[key].shape)}" if key in own else "is unexpected"
+            problems.append(f"{key} {tuple(tensor.shape)} {fault}")
     for name, part in parts.items():
         _check_weight(name, modules[name])
         out_features, in_features = _out_in(modules[name]).shape
         r, k = (part[kind].shape[-1] if kind in part and part[kind].dim() == 2 else 0 for kind in ("lora_B", "directions"))
-        shapes = {"lora_A": (r, in_features), "lora_B": (out_features, r), "start_A": (r, in_features), "start_B": (out_features, r),
-                  "gain": (in_features,), "directions": (in_features, k), "stretch": (k,)}
+        shapes = {"lora_A": (r, in_features), "lora_B": (out_features, r), "start_A": (r, in_features),
+                  "start_B": (out_features, r), "gain": (in_features,), "directions": (in_features, k), "stretch": (k,)}
         needed = TENSORS[:3] + (TENSORS[4:] if set(TENSORS[4:]) & set(part) else ())
         problems += [f"{name}.{kind} is missing" for kind in needed if kind not in part]
-        problems += [f"{name}.{kind} {tuple(t.shape)} should be {shapes[kind]}" for kind, t in part.items() if t.shape != shapes[kind]]
+        problems += [f"{name}.{kind} {tuple(tensor.shape)} should be {shapes[kind]}"
+                     for kind, tensor in part.items() if tensor.shape != shapes[kind]]
     if problems:
         raise ValueError(f"the state does not fit this model: {'; '.join(problems)}")
     swap = {id(modules[name]): AiraLinear(modules[name], **part) for name, part in parts.items()}
