@@ -373,6 +373,8 @@ class Report(namedtuple("Report", "rows budget skipped")):
         lines.append(f"budget {self.budget:,} parameters, {spent / self.budget:.1%} spent")
         return "\n".join(lines + [f"skipped {name}: {reason}" for name, reason in self.skipped.items()])
 
+    __repr__ = __str__
+
 def _inside(name, module):
     return name == module or name.startswith(module + ".")
 
