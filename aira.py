@@ -3,12 +3,12 @@
 
 LoRA fine-tunes a frozen weight W (out, in) through a low-rank difference, y = (W + B A) x; it starts from random A
 and zero B, with one rank for every layer.  AIRA first runs the model on a few batches and lets the activations
-decide.  The parts of this file, in the paper's order:
+decide.  The parts of this file, the first four in the paper's order:
 
     1  statistics     how loud each input channel is, and in which directions the inputs lie
-    2  start          an outlier-weighted SVD of W gives the first factors
+    2  start          an SVD of W, weighted by its inputs, gives the first factors
     3  ranks          each layer gets its own rank, within the parameter budget of plain LoRA
-    4  AiraLinear     training amplifies the updates of the weights that the activations call significant
+    4  AiraLinear     training amplifies updates, in directions that the activations choose
     5  apply_aira     puts it together, in place
     6  merge, remove, save, load, export
 
@@ -19,8 +19,8 @@ Usage, around an existing training loop:
     torch.save(aira_state_dict(model), "adapter.pt")
 
 An independent re-implementation from the paper's abstract, the released code and the works below; "Departure" marks
-every place where it does something else, and why.  But: only nn.Linear and Hugging Face's Conv1D, no quantised
-weights, one adapter a model, apply before sharding.
+every place where it does something else, and why.  Limits: nn.Linear and Hugging Face's Conv1D, no quantised weights,
+one adapter a model, apply before sharding.
 
 AIRA: ICCV 2025, github.com/lliai/LoRA-Zoo.  LoRA: arXiv 2106.09685.  Outlier score, OWL: arXiv 2310.05175.
 Activation-weighted SVD, ASVD: arXiv 2312.05821.  SVD start, PiSSA: arXiv 2404.02948.
@@ -56,7 +56,7 @@ class Statistics:
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
         self.output_norm = torch.zeros((), device=device)
         self.squares = torch.zeros(in_features, device=device)
-        width = min(in_features, k + 16) if k else 0
+        width = min(in_features, k + 16) if k else 0  # 16 to spare, for accuracy
         omega = torch.randn(in_features, width, generator=torch.Generator().manual_seed(0))  # the same in all processes
         self.omega = torch.linalg.qr(omega)[0].to(device)
         self.sketch = torch.zeros_like(self.omega)
@@ -78,27 +78,25 @@ class Statistics:
             for total in sums:
                 dist.all_reduce(total)
         self.tokens = int(self.tokens)
-        if self.tokens == 0:
-            raise ValueError(f"calibrate never called layer {name!r}, so an adapter there might do nothing: run it in "
-                             "calibrate, or leave it out of targets")
         if not all(total.isfinite().all() for total in sums):
             raise ValueError(f"layer {name!r} saw NaN or inf in calibration: check the batches and the model's weights")
-        self.output_norm = float(self.output_norm) / self.tokens
-        self.rms = (self.squares / self.tokens).sqrt()
-        self.sketch /= self.tokens
+        tokens = max(self.tokens, 1)
+        self.output_norm = float(self.output_norm) / tokens
+        self.rms = (self.squares / tokens).sqrt()
+        self.sketch /= tokens
 
 def principal_directions(sketch, omega, k):
-    """The k largest eigenpairs of C from sketch = C omega alone (Nystrom approximation; Tropp et al., 2017):
+    """The k largest eigenpairs of C from Y = C Omega alone (Nystrom approximation; Tropp et al., 2017):
 
-        C ~ Y (Omega^T Y)^-1 Y^T ,   Omega^T Y = V diag(l) V^T ,   Y V diag(l)^-.5 = U diag(s) V'^T   =>   C ~ U diag(s^2) U^T
+        C ~ Y (Omega^T Y)^-1 Y^T ,   Omega^T Y = V diag(v) V^T ,   Y V diag(v)^-.5 = U diag(s) R^T   =>   C ~ U diag(s^2) U^T
 
-    sketch, omega (in, q), q >= k -> directions (in, k), orthonormal, and eigenvalues (k,), falling.  Exact for q = in.
+    sketch = Y, omega (in, q), q >= k -> directions (in, k), orthonormal, and eigenvalues (k,), falling.  Exact if q = in.
     """
     omega = omega.double()
-    shift = 1e-7 * sketch.double().norm() + 1e-30  # above the sums' rounding; taken off again at the end
-    Y = sketch.double() + shift * omega
-    l, V = torch.linalg.eigh((omega.T @ Y + Y.T @ omega) / 2)
-    U, s, _ = torch.linalg.svd(Y @ V * l.clamp_min(shift).rsqrt(), full_matrices=False)
+    shift = 1e-7 * sketch.double().norm() + 1e-30
+    Y = sketch.double() + shift * omega  # that of C + shift I, which rounding cannot make indefinite
+    v, V = torch.linalg.eigh((omega.T @ Y + Y.T @ omega) / 2)
+    U, s, _ = torch.linalg.svd(Y @ V * v.clamp_min(shift).rsqrt(), full_matrices=False)
     return U[:, :k], (s[:k].square() - shift).clamp_min(0)
 
 # ---- 2. Outlier-weighted SVD ---------------------------------------------------------------------------------------
@@ -123,7 +121,8 @@ def outlier_weighted_svd(weight, channel_rms, rank):
     rms = channel_rms.to(dtype)
     rms = rms.clamp_min(1e-4 * rms.mean()) if rms.any() else torch.ones_like(rms)
     U, s, Vt = _top_svd(weight.detach().to(dtype) * rms, rank)
-    root = s.sqrt().clamp_min(1e-4 * s[0].sqrt()) if s[0] > 0 else torch.ones_like(s)  # A = 0 could never train
+    # A zero row of A could never train where B is zero too: so A's share of s has a floor, and B takes the rest of it.
+    root = s.sqrt().clamp_min(1e-4 * s[0].sqrt()) if s[0] > 0 else torch.ones_like(s)
     return U * (s / root), root[:, None] * Vt / rms
 
 def _top_svd(matrix, rank):
@@ -145,15 +144,15 @@ def _top_svd(matrix, rank):
 # truncates, which leaves some 6 % of the budget unspent.
 
 def outlier_score(weight, channel_rms, threshold=2.0):
-    """How much outlier a layer holds.  A_ij = |W_ij| rms_j is the significance of a weight (OWL); its outliers are the
-    A_ij above threshold * mean(A).  weight (out, in), channel_rms (in,) -> (mass, fraction): the outliers' sum, in units
-    of activation, and their share of the entries, 0 .. 1.
+    """How much outlier a layer holds.  |W_ij| rms_j is the significance of a weight (OWL); outliers are the weights with
+    more than `threshold` times the mean.  weight (out, in), channel_rms (in,) -> (mass, fraction): the sum of the
+    outliers' significance, in units of activation, and their share of the entries, 0 .. 1.
 
     Departure: OWL and the released code use the fraction, at threshold 5.  It is blind to a layer's size and scale.
     """
-    A = weight.detach().float().abs() * channel_rms.float()
-    outliers = A[A > threshold * A.mean()]
-    return float(outliers.double().sum()), outliers.numel() / A.numel()
+    significance = weight.detach().float().abs() * channel_rms.float()
+    outliers = significance[significance > threshold * significance.mean()]
+    return float(outliers.double().sum()), outliers.numel() / significance.numel()
 
 def _least_ranks(importance, costs, budget, min_rank, max_ranks):
     """Check the problem; return every layer's least rank, theta > 0, and what is left of the budget then."""
@@ -197,18 +196,19 @@ def greedy_ranks(importance, costs, budget, min_rank, max_ranks):
 def knapsack_ranks(importance, costs, budget, min_rank, max_ranks):
     """The exact optimum, for any costs.  Arguments, result and errors as for greedy_ranks.
 
-    Layers of one cost compete by gain alone, and a layer's gains fall with its rank; so the best n units for such a class
-    are its n largest gains, and value[n], their sum, is all we need to know of it.  Dynamic programming over the classes
-    keeps the choices that no cheaper one matches.  At any price p a parameter, no choice is worth more than
+    Layers of one cost compete by gain alone, and a layer's gains fall with its rank.  So the best n units for such a
+    class are its n largest gains, and their sum, value[n], is all we need to know of it.  It remains to choose one n a
+    class.  Classes are joined one by one; of all the choices so far we keep those that no cheaper one matches in value.
 
-        p * budget + sum_classes max_n (value[n] - p cost n)
-
-    and each class takes off this bound what its n falls short of the max.  Greedy comes close to the bound, so only the
-    few n that fall short by less than greedy does need a look.
+    To keep those few, most n are ruled out first.  Charge a price for every parameter.  The value of any choice within
+    the budget is then at most  price * budget + sum_classes max_n (value[n] - price cost n) , and each class' n takes off
+    this bound what it falls short of its max.  Greedy falls short of the bound by some gap, usually a small one; so no n
+    that falls short by more than the gap on its own is part of the optimum.
     """
     ranks, theta, left = _least_ranks(importance, costs, budget, min_rank, max_ranks)
     greedy = greedy_ranks(importance, costs, budget, min_rank, max_ranks)
     growing = [l for l, r in enumerate(greedy) if r < max_ranks[l]]
+    # the best gain a parameter that greedy left: a good price
     price = max((theta[l] * math.log1p(1 / greedy[l]) / costs[l] for l in growing), default=0.0)
     classes, gap = [], price * left - theta @ np.log(np.divide(greedy, ranks))
     for cost in sorted(set(costs)):
@@ -223,10 +223,12 @@ def knapsack_ranks(importance, costs, budget, min_rank, max_ranks):
     spent, worth, short, trail = np.zeros(1, dtype=np.int64), np.zeros(1), np.zeros(1), []
     for cost, _, value, loss in classes:
         n = np.flatnonzero(loss <= gap)
-        spent, worth, short = (np.add.outer(a, b).ravel() for a, b in ((spent, cost * n), (worth, value[n]), (short, loss[n])))
+        spent, worth, short = (np.add.outer(a, b).ravel()  # every choice so far with every n
+                               for a, b in ((spent, cost * n), (worth, value[n]), (short, loss[n])))
         keep = np.flatnonzero((spent <= left) & (short <= gap))
-        keep = keep[np.lexsort((-worth[keep], spent[keep]))]  # by cost; keep those worth more than all that cost less
-        keep = keep[worth[keep] > np.concatenate([[-1], np.maximum.accumulate(worth[keep])[:-1]])]
+        keep = keep[np.lexsort((-worth[keep], spent[keep]))]  # by cost, ...
+        best_cheaper = np.concatenate([[-1], np.maximum.accumulate(worth[keep])[:-1]])
+        keep = keep[worth[keep] > best_cheaper]  # ... and worth more than all that cost less
         trail.append((keep // len(n), n[keep % len(n)]))
         spent, worth, short = spent[keep], worth[keep], short[keep]
     i = -1  # the dearest that was kept is worth most; walk back from it
@@ -242,14 +244,17 @@ def knapsack_ranks(importance, costs, budget, min_rank, max_ranks):
 #
 #     A = A0 + lora_A G          G (in, in) symmetric, fixed at calibration
 #
-# Where G stretches a direction, updates there are amplified twice: the gradient reaches lora_A through G, and the step
-# goes through G again (G^2 in all under SGD, G under Adam).  Which G?  A few directions carry nearly all the energy of
-# the inputs and drown the others, in A x and in its gradient.  So G = C^-p, C = mean x x^T = Q diag(lambda) Q^T, lets
-# the quiet directions be heard.  The k loudest are kept and the rest count as one average: G = c I + Q_k diag(d) Q_k^T
-# is k * in numbers, and never a matrix.
+# By the chain rule grad(lora_A) = grad(A) G.  One step of SGD moves A by -lr grad(A) G^2, one of Adam about by
+# -lr sign(grad(lora_A)) G: where G stretches a direction, its updates are amplified, under Adam too.
 #
-# Departure: the released code multiplies the adapter's output by a gate in [0, 1] made from the batch at hand, which only
-# attenuates, ties a sample to its batch, and is lost on merging.  A fixed G folds into dW exactly.
+# Which G?  A few directions carry nearly all the energy of the inputs; they drown the others in A x, and in grad(A).
+# G = C^-p, with C = mean x x^T = Q diag(lambda) Q^T, lets the others be heard.  The k loudest directions are kept and
+# the rest count as one average, G = c I + Q_k diag(d) Q_k^T: k * in numbers, and never a matrix.
+#
+# Departure: this amplifies quiet directions, where the abstract speaks of significant weights.  Amplifying loud inputs
+# with a diagonal G slowed convergence in a prototype.  And the released code multiplies the adapter's output by a gate
+# in [0, 1] made from the batch at hand: that only attenuates, ties a sample to its batch, and is lost on merging, while a
+# fixed G is part of dW.
 
 def input_gain(rms, directions, eigenvalues, power, damping=1e-2):
     """G ~ (C + damping * mean(lambda) I)^-power, scaled so that |G x|^2 is `in` on average.
@@ -271,6 +276,8 @@ def input_gain(rms, directions, eigenvalues, power, damping=1e-2):
     scale = (n / energy).sqrt()
     return (scale * quiet).repeat(n), scale * (loud - quiet)
 
+TENSORS = ("lora_A", "lora_B", "start_A", "start_B", "gain", "directions", "stretch")  # of an AiraLinear
+
 class AiraLinear(nn.Module):
     """A frozen linear layer and its low-rank difference,  y = base(x) + B A x - B0 A0 x.
 
@@ -291,8 +298,7 @@ class AiraLinear(nn.Module):
         dtype = torch.promote_types(base.weight.dtype, torch.float32)  # half precision would lose small updates
         lora_A = start_A.new_zeros(rank, self.in_features) if lora_A is None else lora_A
         lora_B = start_A.new_zeros(self.out_features, rank) if lora_B is None else lora_B
-        for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B), ("start_A", start_A), ("start_B", start_B),
-                             ("gain", gain), ("directions", directions), ("stretch", stretch)):
+        for name, tensor in zip(TENSORS, (lora_A, lora_B, start_A, start_B, gain, directions, stretch)):
             if tensor is not None:
                 tensor = tensor.detach().to(base.weight.device, dtype, copy=True, memory_format=torch.contiguous_format)
                 tensor = nn.Parameter(tensor, requires_grad=name.startswith("lora_"))
@@ -447,6 +453,10 @@ def _calibrate(model, layers, run, k):
             module.training = mode
     for name in layers:
         statistics[name].finish(name)
+    unused = [name for name in layers if statistics[name].tokens == 0]
+    if unused:
+        raise ValueError(f"calibrate never called {unused}, so adapters there might do nothing (a generator runs nothing, and "
+                         "nn.MultiheadAttention never calls its out_proj): run them in calibrate, or leave them out of targets")
     return statistics
 
 def _importance(weight, seen, importance):
@@ -474,8 +484,9 @@ def _build(layer, seen, rank, init, amplify):
         return AiraLinear(layer, A, B, gain, directions, stretch)
     if gain is None:
         return AiraLinear(layer, outlier_weighted_svd(weight, rms, rank)[1])
-    # The same decomposition, in G's coordinates:  W G^-1 = U diag(s) V^T ,  A0 = V_r^T G ,  so that dW = lora_B V_r^T G
-    # first moves where W acts on what the inputs hold.  G has one value c = gain[0] outside its k directions.
+    # Departure: A0 comes from the SVD in G's coordinates,  W G^-1 = U diag(s) V^T ,  A0 = V_r^T G ,  and B0 = 0.  As S does
+    # by channel, G^-1 ~ C^p weights the directions of the inputs by their loudness.  Along a kept direction G is c + d, so
+    # G^-1 is 1 / (c + d), with c = gain[0]; for k = 0 there is none, and G^-1 is diag(1 / gain).
     inverse = 1 / gain, directions, 1 / (gain[0] + stretch) - 1 / gain[0]
     A = _top_svd(times_gain(weight, *inverse), rank)[2]
     return AiraLinear(layer, times_gain(A, gain, directions, stretch), None, gain, directions, stretch)
@@ -487,6 +498,9 @@ def _replace(model, swap):
             if id(child) in swap:
                 setattr(parent, key, swap[id(child)])
 
+def _whole(value, least):
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= least
+
 def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="subspace", importance="outlier",
                allocate="knapsack", min_rank=1, max_rank=None, also_train=(), amplify=0.35, directions=32):
     """Put AIRA adapters into `model` in place, freeze everything else, and return a Report that prints as a table.
@@ -496,7 +510,8 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="subspace", 
     rank         average rank; the budget is what LoRA of this rank would spend, sum_l (in + out)_l * rank
     targets      names of layers or their endings, as "q_proj".  None: every nn.Linear and Conv1D except Hugging Face's
                  output head, those in also_train, tied weights, and out_proj of nn.MultiheadAttention
-    init         "subspace" (A from the SVD, B zero) or "svd" (both; the paper's, at twice an adapter's run time)
+    init         "svd": the paper's start, both factors from the weighted SVD; it runs at twice an adapter's time.
+                 "subspace": B zero, and A from the SVD in the coordinates of the gain; it converged faster (README)
     importance   theta: "outlier" (mass), "fraction" (OWL's, threshold 5), "activation" (mean ||y||), "uniform" (equal ranks)
     allocate     "knapsack" (exact) or "greedy"
     min_rank, max_rank      bounds on every layer's rank; max_rank=None is 4 * rank
@@ -509,23 +524,23 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="subspace", 
     """
     targets = (targets,) if isinstance(targets, str) else targets
     also_train = (also_train,) if isinstance(also_train, str) else also_train
-    for name, value, least in (("rank", rank, 1), ("min_rank", min_rank, 1), ("directions", directions, 0),
-                               ("max_rank", 1 if max_rank is None else max_rank, 1)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise TypeError(f"{name}={value!r} must be a whole number >= {least}")
-        if value < least:
-            raise ValueError(f"{name}={value!r} must be a whole number >= {least}")
+    for name, value, good, need in (
+            ("rank", rank, _whole(rank, 1), "a whole number >= 1"),
+            ("min_rank", min_rank, _whole(min_rank, 1), "a whole number >= 1"),
+            ("max_rank", max_rank, max_rank is None or _whole(max_rank, 1), "None or a whole number >= 1"),
+            ("directions", directions, _whole(directions, 0), "a whole number >= 0"),
+            ("amplify", amplify, isinstance(amplify, (int, float)) and 0 <= amplify <= 1, "a number in 0 .. 1"),
+            ("init", init, init in ("subspace", "svd"), "'subspace' or 'svd'"),
+            ("importance", importance, importance in ("outlier", "fraction", "activation", "uniform"),
+             "'outlier', 'fraction', 'activation' or 'uniform'"),
+            ("allocate", allocate, allocate in ("knapsack", "greedy"), "'knapsack' or 'greedy'"),
+            ("calibrate", type(calibrate), calibrate is None or callable(calibrate),
+             "callable, as lambda: [model(x) for x in batches]")):
+        if not good:
+            raise ValueError(f"{name}={value!r} must be {need}")
     max_rank = 4 * rank if max_rank is None else max_rank
     if min_rank > max_rank or (importance == "uniform" and min_rank > rank):
-        raise ValueError(f"min_rank={min_rank} is above max_rank={max_rank}, or above rank={rank} for uniform ranks: lower it")
-    for name, value, allowed in (("init", init, ("subspace", "svd")), ("allocate", allocate, ("knapsack", "greedy")),
-                                 ("importance", importance, ("outlier", "fraction", "activation", "uniform"))):
-        if value not in allowed:
-            raise ValueError(f"{name}={value!r} must be one of {allowed}")
-    if not 0 <= amplify <= 1:
-        raise ValueError(f"amplify={amplify} must be 0 .. 1")
-    if calibrate is not None and not callable(calibrate):
-        raise TypeError(f"calibrate={type(calibrate).__name__} must be callable: lambda: [model(x) for x in batches]")
+        raise ValueError(f"min_rank={min_rank} must be at most max_rank={max_rank}, and at most rank={rank} where all are equal")
     trained = [name for name, _ in model.named_modules() if any(_matches(name, wanted) for wanted in also_train)]
     missed = [wanted for wanted in also_train if not any(_matches(name, wanted) for name in trained)]
     if missed:
@@ -534,7 +549,8 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="subspace", 
     layers, skipped = _find_layers(model, targets, trained)
     statistics = {}
     if calibrate is None:
-        warnings.warn("apply_aira without calibrate: all channels weigh the same and nothing is amplified", stacklevel=2)
+        warnings.warn("apply_aira without calibrate: all channels weigh the same, ranks follow the weights alone, and nothing "
+                      "is amplified", stacklevel=2)
     else:
         statistics = _calibrate(model, layers, calibrate, directions if amplify else 0)
 
@@ -558,14 +574,11 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="subspace", 
 
 # ---- 6. Merge, remove, save, load, export --------------------------------------------------------------------------
 
-TENSORS = ("lora_A", "lora_B", "start_A", "start_B", "gain", "directions", "stretch")
-
 def _attach(model, swap, also_train):
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     trained = {id(parameter) for name in also_train for parameter in model.get_submodule(name).parameters()}
     for parameter in model.parameters():
-        if not nn.parameter.is_lazy(parameter):
-            parameter.requires_grad_(id(parameter) in trained and parameter.is_floating_point())
+        parameter.requires_grad = id(parameter) in trained and parameter.dtype.is_floating_point
     _replace(model, swap)
     model._aira = {"trainable": trainable, "also_train": also_train}
 
@@ -574,15 +587,15 @@ def _adapted(model):
     for module in model.modules():
         if "_aira" in module.__dict__:
             return module, {name: layer for name, layer in module.named_modules() if isinstance(layer, AiraLinear)}
-    raise ValueError(f"this {type(model).__name__} has no AIRA adapters: call apply_aira or load_aira first")
+    raise ValueError(f"this {type(model).__name__} has no AIRA adapters: call apply_aira or load_aira first "
+                     "(merged or removed already? save before merging)")
 
 def remove_aira(model):
     """Take the adapters off and give back exactly the model that went in (also_train keeps what it learned)."""
     model, adapters = _adapted(model)
     _replace(model, {id(adapter): adapter.base for adapter in adapters.values()})
     for name, parameter in model.named_parameters():
-        if not nn.parameter.is_lazy(parameter):
-            parameter.requires_grad_(name in model._aira["trainable"])
+        parameter.requires_grad = name in model._aira["trainable"]
     del model._aira
 
 @torch.no_grad()
@@ -593,7 +606,7 @@ def merge_aira(model):
     broken = [name for name, adapter in adapters.items() if not adapter.merged_weight().isfinite().all()]
     if broken:
         raise ValueError(f"merging would write NaN or inf into {broken}: the training run has diverged")
-    for adapter in adapters.values():
+    for adapter in adapters.values():  # computed again, rather than holding all merged weights at once
         adapter.base.weight.copy_(adapter.merged_weight())
     remove_aira(model)
 
@@ -627,40 +640,39 @@ def load_aira(model, state):
     if any("_aira" in module.__dict__ for module in model.modules()):
         raise ValueError("the model already has AIRA adapters: call remove_aira first")
     if not (isinstance(state, dict) and all(isinstance(tensor, torch.Tensor) for tensor in state.values())):
-        raise TypeError(f"state must be the dict of tensors from aira_state_dict, got {type(state).__name__}: read the file with "
-                        "torch.load(path, weights_only=True)")
-    count = int(state.get("aira.tensors", 0))
-    if count == 0 or count != len(state) - 1:
-        raise ValueError(f"state has {len(state)} tensors, and should have {count} and their count: it is no whole aira_state_dict")
-    modules, own = dict(model.named_modules()), model.state_dict()
-    parts, rest, problems = {}, {}, []
-    for key, tensor in state.items():
-        name, _, kind = key.rpartition(".")
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            problems.append(f"{key} has NaN or inf")
-        elif key in own and own[key].shape == tensor.shape:
-            rest[key] = tensor
-        elif key not in own and kind in TENSORS and is_linear(modules.get(name)):
-            parts.setdefault(name, {})[kind] = tensor
-        elif key != "aira.tensors":
-            fault = f"should be {tuple(own[key].shape)}" if key in own else "is unexpected"
-            problems.append(f"{key} {tuple(tensor.shape)} {fault}")
+        raise TypeError(f"state is a {type(state).__name__}, or holds something else than tensors: it must be what "
+                        "aira_state_dict returned, read with torch.load(path, weights_only=True)")
+    if "aira.tensors" not in state or len(state) == 1:
+        raise ValueError(f"state, with {len(state)} tensors, did not come from aira_state_dict: a whole model's, or PEFT's?")
+    state = dict(state)
+    count = int(state.pop("aira.tensors"))
+    modules, own, parts = dict(model.named_modules()), model.state_dict(), {}
+    for key in state.keys() - own.keys():
+        name, _, tensor = key.rpartition(".")
+        if tensor in TENSORS and is_linear(modules.get(name)):
+            parts.setdefault(name, {})[tensor] = state[key]
+    want = {key: tuple(own[key].shape) for key in state.keys() & own.keys()}
     for name, part in parts.items():
         _check_weight(name, modules[name])
         out_features, in_features = _out_in(modules[name]).shape
-        r, k = (part[kind].shape[-1] if kind in part and part[kind].dim() == 2 else 0 for kind in ("lora_B", "directions"))
+        r, k = (part[t].shape[-1] if t in part and part[t].dim() == 2 else 0 for t in ("lora_B", "directions"))
         shapes = {"lora_A": (r, in_features), "lora_B": (out_features, r), "start_A": (r, in_features),
                   "start_B": (out_features, r), "gain": (in_features,), "directions": (in_features, k), "stretch": (k,)}
-        needed = TENSORS[:3] + (TENSORS[4:] if set(TENSORS[4:]) & set(part) else ())
-        problems += [f"{name}.{kind} is missing" for kind in needed if kind not in part]
-        problems += [f"{name}.{kind} {tuple(tensor.shape)} should be {shapes[kind]}"
-                     for kind, tensor in part.items() if tensor.shape != shapes[kind]]
+        optional = {"start_B"} if "gain" in part else {"start_B", "gain", "directions", "stretch"}
+        want.update({f"{name}.{t}": shape for t, shape in shapes.items() if t in part or t not in optional})
+    got = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    problems = [f"{key} is {got.get(key, 'missing')} and should be {want.get(key, 'absent, it is unexpected here')}"
+                for key in sorted({**got, **want}) if got.get(key) != want.get(key)]
+    problems += [f"{key} has NaN or inf" for key, tensor in state.items() if not tensor.isfinite().all()]
+    if count != len(state):
+        problems.append(f"it has {len(state)} of the {count} tensors of that aira_state_dict")
     if problems:
-        raise ValueError(f"the state does not fit this model: {'; '.join(problems)}")
+        raise ValueError(f"the state does not fit this model ({len(problems)} faults): {'; '.join(problems[:5])}")
     swap = {id(modules[name]): AiraLinear(modules[name], **part) for name, part in parts.items()}
-    for key, tensor in rest.items():
-        own[key].copy_(tensor)
-    _attach(model, swap, sorted({key.rpartition(".")[0] for key in rest}))
+    also_train = sorted({key.rpartition(".")[0] for key in state.keys() & own.keys()})
+    for key in state.keys() & own.keys():
+        own[key].copy_(state[key])
+    _attach(model, swap, also_train)
 
 def save_peft(model, directory):
     """Write a plain LoRA adapter that Hugging Face PEFT, and servers that read its format, load on the untouched base:

@@ -166,7 +166,8 @@ def aira(calibrated=True, random_start=False, **options):
         for adapter in model.modules():
             if random_start and isinstance(adapter, AiraLinear):
                 with torch.no_grad():  # as large as the chosen start, in random directions
-                    adapter.start_A.copy_(torch.randn(adapter.start_A.shape) * adapter.start_A.square().mean().sqrt().cpu())
+                    size = adapter.start_A.square().mean().sqrt()
+                    adapter.start_A.copy_(size * torch.randn(adapter.start_A.shape).to(DEVICE))
     return apply
 
 
@@ -231,7 +232,7 @@ def plot(curves, height=16):
             grid[round((high - math.log(loss)) / (high - low) * (height - 1))][3 * i + 2] = letter
     for i, row in enumerate(grid):
         print(f"{math.exp(high - (high - low) * i / (height - 1)):6.2f} |{''.join(row)}")
-    print("       +" + "-" * width + f"  step {EVERY} .. {STEPS};  " + ", ".join(f"{c} = {n}" for c, n in zip("LA", curves)))
+    print("       +" + "-" * width + f"  step {EVERY} .. {STEPS}, " + ", ".join(f"{c} = {n}" for c, n in zip("LA", curves)))
 
 
 def with_deviation(values, digits):
@@ -246,7 +247,7 @@ def report(results, sizes, rates):
     """The tables: each method at its own best rate, then every rate."""
     goal = results["LoRA"]
     goal = mean_curve(goal[best_rate(goal)])[-1]
-    print(f"\neach at its own best rate; steps to {goal:.4f}, LoRA's final loss, out of {STEPS}; mean +- deviation over seeds\n")
+    print(f"\neach at its own best rate; steps, of {STEPS}, to LoRA's final loss {goal:.4f}; mean +- deviation over seeds\n")
     print(f"{'method':24}  {'trained':>9}  {'rate':>6}  {'steps':>12}  {'half way':>8}  {'final loss':>17}")
     for name, runs in results.items():
         rate = best_rate(runs)
@@ -260,8 +261,9 @@ def report(results, sizes, rates):
     for name, runs in results.items():
         cells = []
         for rate in rates:
-            steps = steps_to(mean_curve(runs[rate]), mean_curve(results["LoRA"][rate])[-1]) if rate in results["LoRA"] else None
-            cells.append(f"{mean_curve(runs[rate])[-1]:.3f} ({'never' if steps is None else f'{steps:.0f}'})")
+            curve = mean_curve(runs[rate])
+            steps = steps_to(curve, mean_curve(results["LoRA"][rate])[-1])
+            cells.append(f"{curve[-1]:.3f} ({'never' if steps is None else f'{steps:.0f}'})")
         print(f"{name:24}" + "".join(f"  {cell:>12}" for cell in cells))
 
 
@@ -274,13 +276,16 @@ def main():
     parser.add_argument("--out", help="write everything measured to this JSON file")
     options = parser.parse_args()
 
-    width, layers, before = (32, 2, 20) if options.tiny else (512, 8, 3000) if options.full and DEVICE == "cuda" else (128, 4, 500)
+    width, layers, before = (32, 2, 20) if options.tiny else (128, 4, 500)
+    if options.full and DEVICE == "cuda" and not options.tiny:
+        width, layers, before = 512, 8, 3000
     STEPS = 10 if options.tiny else STEPS
     methods = METHODS if options.full else {name: METHODS[name] for name in ("LoRA", "AIRA")}
     rates = [0.001 * 30 ** (i / 5) for i in range(6)] if options.full else [0.005, 0.01, 0.02]
     seeds = range(1, 1 + (options.seeds or (5 if options.full else 1)))
     started = time.monotonic()
-    print(f"torch {torch.__version__} on {torch.cuda.get_device_name() if DEVICE == 'cuda' else f'{torch.get_num_threads()} CPU threads'}")
+    machine = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"torch {torch.__version__} on {machine}")
     print(f"GPT of width {width}, {layers} layers: Python sources, then C++ headers", flush=True)
     base = pretrained(width, layers, before, Progress(before))
     headers = read(Path(torch.__file__).parent / "include", "*.h", 8e6)
@@ -302,7 +307,8 @@ def main():
                 sizes[name] = sum(p.numel() for p in model.parameters() if p.requires_grad)
                 results[name][rate].append(fit(model, data, rate, STEPS, BATCH, seed, EVERY, held_out, tick))
         if options.out:
-            Path(options.out).write_text(json.dumps({"torch": torch.__version__, "device": DEVICE, "curves": results, "parameters": sizes}))
+            Path(options.out).write_text(json.dumps(
+                {"torch": torch.__version__, "machine": machine, "curves": results, "parameters": sizes}))
     print()
     if not options.full:
         plot({name: mean_curve(runs[best_rate(runs)]) for name, runs in results.items()})
