@@ -88,9 +88,9 @@ class Statistics:
 def principal_directions(sketch, omega, k):
     """The k largest eigenpairs of C from Y = C Omega alone (Nystrom approximation; Tropp et al., 2017):
 
-        C ~ Y (Omega^T Y)^-1 Y^T ,   Omega^T Y = V diag(v) V^T ,   Y V diag(v)^-.5 = U diag(s) R^T   =>   C ~ U diag(s^2) U^T
+        C ~ Y (Omega^T Y)^-1 Y^T ,  Omega^T Y = V diag(v) V^T ,  Y V diag(v)^-.5 = U diag(s) R^T => C ~ U diag(s^2) U^T
 
-    sketch = Y, omega (in, q), q >= k -> directions (in, k), orthonormal, and eigenvalues (k,), falling.  Exact if q = in.
+    sketch = Y, omega (in, q), q >= k -> directions (in, k), orthonormal, eigenvalues (k,), falling.  Exact if q = in.
     """
     omega = omega.double()
     shift = 1e-7 * sketch.double().norm() + 1e-30
@@ -109,14 +109,14 @@ def outlier_weighted_svd(weight, channel_rms, rank):
         minimise ||(W - B A) S||_F   =>   W S = U diag(s) V^T ,   B = U_r diag(s_r)^.5 ,   A = diag(s_r)^.5 V_r^T S^-1
 
     is the optimum among all rank-r pairs (Eckart-Young).  weight (out, in), channel_rms (in,) -> B (out, rank),
-    A (rank, in), in at least float32.  Silent channels count as 1e-4 of the mean, so that S^-1 is finite.  Exact for
-    the smaller side up to 256; above it randomised, but seeded.  ValueError for a rank or channel_rms that does not fit.
+    A (rank, in), in at least float32.  Silent channels count as 1e-4 of the mean, so that S^-1 is finite.  Exact for a
+    smaller side up to 256, above it randomised but seeded.  ValueError for a rank or channel_rms that does not fit.
 
     Departure: the released code decomposes the unweighted W, and slices torch.svd's V as if it were V^T.
     """
     if not 1 <= rank <= min(weight.shape) or channel_rms.shape != weight.shape[1:]:
-        raise ValueError(f"rank={rank} and channel_rms of shape {tuple(channel_rms.shape)} do not fit a weight of shape "
-                         f"{tuple(weight.shape)}: use a rank of 1 .. {min(weight.shape)} and {weight.shape[1]} channels")
+        raise ValueError(f"rank={rank} and channel_rms {tuple(channel_rms.shape)} do not fit weight "
+                         f"{tuple(weight.shape)}: use rank 1 .. {min(weight.shape)} and {weight.shape[1]} channels")
     dtype = torch.promote_types(weight.dtype, torch.float32)  # half precision has no SVD
     rms = channel_rms.to(dtype)
     rms = rms.clamp_min(1e-4 * rms.mean()) if rms.any() else torch.ones_like(rms)
@@ -138,15 +138,15 @@ def _top_svd(matrix, rank):
 # ---- 3. Ranks ------------------------------------------------------------------------------------------------------
 # A rank-r adapter takes cost_l * r parameters, cost_l = in + out, and each further unit of rank is worth less:
 #
-#     maximise  sum_l theta_l log r_l     subject to   sum_l cost_l r_l <= budget ,   min_rank <= r_l <= max_l ,   integers
+#     maximise  sum_l theta_l log r_l    subject to    sum_l cost_l r_l <= budget , min_rank <= r_l <= max_l , integers
 #
 # where theta_l is the importance of layer l.  Departure: the released code solves this for real numbers with SciPy and
 # truncates, which leaves some 6 % of the budget unspent.
 
 def outlier_score(weight, channel_rms, threshold=2.0):
-    """How much outlier a layer holds.  |W_ij| rms_j is the significance of a weight (OWL); outliers are the weights with
-    more than `threshold` times the mean.  weight (out, in), channel_rms (in,) -> (mass, fraction): the sum of the
-    outliers' significance, in units of activation, and their share of the entries, 0 .. 1.
+    """How much outlier a layer holds.  |W_ij| rms_j is the significance of a weight (OWL); outliers have more than
+    `threshold` times the mean.  weight (out, in), channel_rms (in,) -> (mass, fraction): the sum of the outliers'
+    significance, in units of activation, and their share of the entries, 0 .. 1.
 
     Departure: OWL and the released code use the fraction, at threshold 5.  It is blind to a layer's size and scale.
     """
@@ -158,7 +158,7 @@ def _least_ranks(importance, costs, budget, min_rank, max_ranks):
     """Check the problem; return every layer's least rank, theta > 0, and what is left of the budget then."""
     theta = np.asarray(importance, dtype=float)
     if not len(theta) == len(costs) == len(max_ranks) > 0:
-        raise ValueError(f"got {len(theta)} importances, {len(costs)} costs, {len(max_ranks)} max_ranks: one of each a layer")
+        raise ValueError(f"{len(theta)} importances, {len(costs)} costs, {len(max_ranks)} max_ranks: one a layer")
     if not (np.isfinite(theta).all() and min([min_rank, *costs, *max_ranks]) >= 1 and theta.min() >= 0):
         raise ValueError(f"importance={importance} must be finite and >= 0; min_rank={min_rank}, costs={costs} and "
                          f"max_ranks={max_ranks} must be >= 1")
@@ -167,7 +167,7 @@ def _least_ranks(importance, costs, budget, min_rank, max_ranks):
     ranks = [min(min_rank, most) for most in max_ranks]
     least = sum(cost * r for cost, r in zip(costs, ranks))
     if least > budget:
-        raise ValueError(f"budget={budget} is too small: min_rank={min_rank} takes at least {least}; raise it or lower min_rank")
+        raise ValueError(f"budget={budget} is too small: min_rank={min_rank} takes {least}: raise it or lower min_rank")
     return ranks, theta, budget - least
 
 def greedy_ranks(importance, costs, budget, min_rank, max_ranks):
@@ -201,9 +201,9 @@ def knapsack_ranks(importance, costs, budget, min_rank, max_ranks):
     class.  Classes are joined one by one; of all the choices so far we keep those that no cheaper one matches in value.
 
     To keep those few, most n are ruled out first.  Charge a price for every parameter.  The value of any choice within
-    the budget is then at most  price * budget + sum_classes max_n (value[n] - price cost n) , and each class' n takes off
-    this bound what it falls short of its max.  Greedy falls short of the bound by some gap, usually a small one; so no n
-    that falls short by more than the gap on its own is part of the optimum.
+    the budget is then at most  price * budget + sum_classes max_n (value[n] - price cost n) , and each class' n takes
+    off this bound what it falls short of its max.  Greedy falls short of the bound by some gap, usually a small one; so
+    no n that falls short by more than the gap on its own is part of the optimum.
     """
     ranks, theta, left = _least_ranks(importance, costs, budget, min_rank, max_ranks)
     greedy = greedy_ranks(importance, costs, budget, min_rank, max_ranks)
@@ -251,10 +251,10 @@ def knapsack_ranks(importance, costs, budget, min_rank, max_ranks):
 # G = C^-p, with C = mean x x^T = Q diag(lambda) Q^T, lets the others be heard.  The k loudest directions are kept and
 # the rest count as one average, G = c I + Q_k diag(d) Q_k^T: k * in numbers, and never a matrix.
 #
-# Departure: this amplifies quiet directions, where the abstract speaks of significant weights.  Amplifying loud inputs
+# Departure: this amplifies quiet directions, where the abstract speaks of significant weights: amplifying loud inputs
 # with a diagonal G slowed convergence in a prototype.  And the released code multiplies the adapter's output by a gate
-# in [0, 1] made from the batch at hand: that only attenuates, ties a sample to its batch, and is lost on merging, while a
-# fixed G is part of dW.
+# in [0, 1] made from the batch at hand: that only attenuates, ties a sample to its batch, and is lost on merging;
+# a fixed G is part of dW.
 
 def input_gain(rms, directions, eigenvalues, power, damping=1e-2):
     """G ~ (C + damping * mean(lambda) I)^-power, scaled so that |G x|^2 is `in` on average.
@@ -364,16 +364,16 @@ def is_linear(module):
 
 # ---- 5. apply_aira -------------------------------------------------------------------------------------------------
 
-Row = namedtuple("Row", "name shape tokens score rank parameters")  # of one layer; shape (out, in), score its importance
+Row = namedtuple("Row", "name shape tokens score rank parameters")  # of a layer; shape (out, in), score its importance
 
 class Report(namedtuple("Report", "rows budget skipped")):
-    """What apply_aira did, printed as a table: [Row], the budget in parameters, and {name: reason} of skipped layers."""
+    """What apply_aira did, printed as a table: [Row], the budget in parameters, {name: reason} of skipped layers."""
 
     def __str__(self):
         spent = sum(row.parameters for row in self.rows)
         table = [("layer", "out x in", "tokens", "score", "rank", "parameters")]
-        table += [(row.name, "%d x %d" % row.shape, f"{row.tokens:,}", f"{row.score:.4g}", f"{row.rank}", f"{row.parameters:,}")
-                  for row in self.rows] + [("total", "", "", "", "", f"{spent:,}")]
+        table += [(row.name, "%d x %d" % row.shape, f"{row.tokens:,}", f"{row.score:.4g}", f"{row.rank}",
+                   f"{row.parameters:,}") for row in self.rows] + [("total", "", "", "", "", f"{spent:,}")]
         first, *others = [max(map(len, column)) for column in zip(*table)]
         lines = ["  ".join([name.ljust(first)] + [c.rjust(w) for c, w in zip(cells, others)]) for name, *cells in table]
         lines.append(f"budget {self.budget:,} parameters, {spent / self.budget:.1%} spent")
@@ -392,20 +392,20 @@ def _check_weight(name, layer):
     weight = layer._parameters.get("weight")
     if (weight is None or nn.parameter.is_lazy(weight) or weight.is_meta or hasattr(weight, "device_mesh")
             or weight.dim() != 2 or weight.numel() == 0):
-        raise ValueError(f"layer {name!r} has no plain two-dimensional weight (lazy, meta, empty, sharded or parametrised): "
-                         "load the model first, call apply_aira before sharding it, or leave the layer out of targets")
+        raise ValueError(f"layer {name!r} has no plain weight matrix (lazy, meta, empty, sharded, parametrised): "
+                         "load the model first, call apply_aira before sharding, or leave the layer out of targets")
     if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise TypeError(f"layer {name!r} has a {weight.dtype} weight; AIRA takes float16, bfloat16, float32 and float64: "
-                        "dequantise the model, or leave the layer out of targets")
+        raise TypeError(f"layer {name!r} has a {weight.dtype} weight, and AIRA takes float16, bfloat16, float32 and "
+                        "float64: dequantise the model, or leave the layer out of targets")
     if not weight.isfinite().all():
-        raise ValueError(f"layer {name!r} has NaN or inf in its weight: mend the checkpoint, or leave the layer out of targets")
+        raise ValueError(f"layer {name!r} has NaN or inf in its weight: mend the checkpoint or leave it out of targets")
 
 def _find_layers(model, targets, also_train):
     """{name: layer} to adapt, and {name: reason} for those that could not or should not be."""
     if any(isinstance(module, AiraLinear) for module in model.modules()):
         raise ValueError("the model already has AIRA adapters: call merge_aira or remove_aira first")
     if is_linear(model):
-        raise ValueError(f"a bare {type(model).__name__} cannot be replaced in place: wrap it, as in nn.Sequential(layer)")
+        raise ValueError(f"a bare {type(model).__name__} cannot be replaced in place: wrap it in nn.Sequential(layer)")
     owners = {}  # a weight with two owners is tied: merging would change the other one too
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -455,8 +455,8 @@ def _calibrate(model, layers, run, k):
         statistics[name].finish(name)
     unused = [name for name in layers if statistics[name].tokens == 0]
     if unused:
-        raise ValueError(f"calibrate never called {unused}, so adapters there might do nothing (a generator runs nothing, and "
-                         "nn.MultiheadAttention never calls its out_proj): run them in calibrate, or leave them out of targets")
+        raise ValueError(f"calibrate never called {unused}, so adapters there might do nothing: run them, or leave "
+                         "them out of targets (a generator runs nothing; nn.MultiheadAttention never calls out_proj)")
     return statistics
 
 def _importance(weight, seen, importance):
@@ -484,9 +484,9 @@ def _build(layer, seen, rank, init, amplify):
         return AiraLinear(layer, A, B, gain, directions, stretch)
     if gain is None:
         return AiraLinear(layer, outlier_weighted_svd(weight, rms, rank)[1])
-    # Departure: A0 comes from the SVD in G's coordinates,  W G^-1 = U diag(s) V^T ,  A0 = V_r^T G ,  and B0 = 0.  As S does
-    # by channel, G^-1 ~ C^p weights the directions of the inputs by their loudness.  Along a kept direction G is c + d, so
-    # G^-1 is 1 / (c + d), with c = gain[0]; for k = 0 there is none, and G^-1 is diag(1 / gain).
+    # Departure: A0 comes from the SVD in G's coordinates,  W G^-1 = U diag(s) V^T ,  A0 = V_r^T G ,  and B0 = 0.  As S
+    # does by channel, G^-1 ~ C^p weights the directions of the inputs by their loudness.  Along a kept direction G is
+    # c + d, so G^-1 is 1 / (c + d), with c = gain[0]; for k = 0 there is none, and G^-1 is diag(1 / gain).
     inverse = 1 / gain, directions, 1 / (gain[0] + stretch) - 1 / gain[0]
     A = _top_svd(times_gain(weight, *inverse), rank)[2]
     return AiraLinear(layer, times_gain(A, gain, directions, stretch), None, gain, directions, stretch)
@@ -512,7 +512,7 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="subspace", 
                  output head, those in also_train, tied weights, and out_proj of nn.MultiheadAttention
     init         "svd": the paper's start, both factors from the weighted SVD; it runs at twice an adapter's time.
                  "subspace": B zero, and A from the SVD in the coordinates of the gain; it converged faster (README)
-    importance   theta: "outlier" (mass), "fraction" (OWL's, threshold 5), "activation" (mean ||y||), "uniform" (equal ranks)
+    importance   "outlier" (mass), "fraction" (OWL's, threshold 5), "activation" (mean ||y||), "uniform" (equal ranks)
     allocate     "knapsack" (exact) or "greedy"
     min_rank, max_rank      bounds on every layer's rank; max_rank=None is 4 * rank
     also_train   names of modules or their endings that are trained in full and saved along: a new head, norms
@@ -540,17 +540,17 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="subspace", 
             raise ValueError(f"{name}={value!r} must be {need}")
     max_rank = 4 * rank if max_rank is None else max_rank
     if min_rank > max_rank or (importance == "uniform" and min_rank > rank):
-        raise ValueError(f"min_rank={min_rank} must be at most max_rank={max_rank}, and at most rank={rank} where all are equal")
+        raise ValueError(f"min_rank={min_rank} must be at most max_rank={max_rank}, and rank={rank} for equal ranks")
     trained = [name for name, _ in model.named_modules() if any(_matches(name, wanted) for wanted in also_train)]
     missed = [wanted for wanted in also_train if not any(_matches(name, wanted) for name in trained)]
     if missed:
-        raise ValueError(f"also_train={missed} match no module; the model has {[name for name, _ in model.named_children()]}")
+        raise ValueError(f"also_train={missed} match no module; the model has {list(dict(model.named_children()))}")
 
     layers, skipped = _find_layers(model, targets, trained)
     statistics = {}
     if calibrate is None:
-        warnings.warn("apply_aira without calibrate: all channels weigh the same, ranks follow the weights alone, and nothing "
-                      "is amplified", stacklevel=2)
+        warnings.warn("apply_aira without calibrate: all channels weigh the same, ranks follow the weights alone, and "
+                      "nothing is amplified", stacklevel=2)
     else:
         statistics = _calibrate(model, layers, calibrate, directions if amplify else 0)
 
@@ -566,9 +566,11 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="subspace", 
     swap, rows = {}, []
     for (name, layer), score, cost, r in zip(layers.items(), scores, costs, ranks):
         swap[id(layer)] = _build(layer, statistics.get(name), r, init, amplify)
-        rows.append(Row(name, tuple(weights[name].shape), statistics[name].tokens if statistics else 0, score, r, cost * r))
+        tokens = statistics[name].tokens if statistics else 0
+        rows.append(Row(name, tuple(weights[name].shape), tokens, score, r, cost * r))
         if len(layers) > 50:
-            print(f"\raira: layer {len(rows)} of {len(layers)}", end="\n" * (len(rows) == len(layers)), file=sys.stderr, flush=True)
+            end = "\n" if len(rows) == len(layers) else ""
+            print(f"\raira: layer {len(rows)} of {len(layers)}", end=end, file=sys.stderr, flush=True)
     _attach(model, swap, trained)  # nothing was changed before this line, and nothing can fail in it
     return Report(rows, budget, skipped)
 
@@ -600,8 +602,8 @@ def remove_aira(model):
 
 @torch.no_grad()
 def merge_aira(model):
-    """Fold the adapters into the base weights, in float32 or wider, and put the base layers, of their own class, back in
-    place: the base model's speed.  ValueError, and nothing changed, without adapters or for weights that become NaN or inf."""
+    """Fold the adapters into the base weights, in float32 or wider, and put the base layers, of their own class, back:
+    the base model's speed.  ValueError, and nothing changed, without adapters or where a weight becomes NaN or inf."""
     _, adapters = _adapted(model)
     broken = [name for name, adapter in adapters.items() if not adapter.merged_weight().isfinite().all()]
     if broken:
@@ -624,26 +626,27 @@ def aira_off(model):
             adapter.enabled = enabled
 
 def aira_state_dict(model):
-    """{name: tensor} of the adapters, gains included so that training can go on, and of also_train; nothing of the base.
-    "aira.tensors" counts them, so that half a file cannot pass for a small one."""
+    """{name: tensor} of the adapters, gains included so that training can go on, and of also_train; live tensors, as
+    state_dict's.  "aira.tensors" counts them, so that half a file cannot pass for a small one."""
     model, adapters = _adapted(model)
     own = {f"{name}.{tensor}" for name in adapters for tensor in TENSORS}
     also = model._aira["also_train"]
-    state = {key: t.detach() for key, t in model.state_dict().items() if key in own or any(_inside(key, n) for n in also)}
-    state = {key: t.full_tensor() if hasattr(t, "full_tensor") else t for key, t in state.items()}  # gathers under FSDP2
+    state = {key: t.detach() for key, t in model.state_dict().items()
+             if key in own or any(_inside(key, n) for n in also)}
+    state = {key: t.full_tensor() if hasattr(t, "full_tensor") else t for key, t in state.items()}  # FSDP2: gather
     return {**state, "aira.tensors": torch.tensor(len(state))}
 
 @torch.no_grad()
 def load_aira(model, state):
-    """Put the adapters of an aira_state_dict on an untouched base: no calibration, no decomposition; ranks come from the
-    tensors' shapes.  Tensors that are missing, unexpected, misshapen or not finite raise ValueError and change nothing."""
+    """Put the adapters of an aira_state_dict on an untouched base: no calibration, no decomposition; ranks come from
+    the tensors' shapes.  What is missing, unexpected, misshapen or not finite raises ValueError and changes nothing."""
     if any("_aira" in module.__dict__ for module in model.modules()):
         raise ValueError("the model already has AIRA adapters: call remove_aira first")
     if not (isinstance(state, dict) and all(isinstance(tensor, torch.Tensor) for tensor in state.values())):
         raise TypeError(f"state is a {type(state).__name__}, or holds something else than tensors: it must be what "
                         "aira_state_dict returned, read with torch.load(path, weights_only=True)")
     if "aira.tensors" not in state or len(state) == 1:
-        raise ValueError(f"state, with {len(state)} tensors, did not come from aira_state_dict: a whole model's, or PEFT's?")
+        raise ValueError(f"state ({len(state)} tensors) did not come from aira_state_dict: a whole model's, or PEFT's?")
     state = dict(state)
     count = int(state.pop("aira.tensors"))
     modules, own, parts = dict(model.named_modules()), model.state_dict(), {}
@@ -676,16 +679,17 @@ def load_aira(model, state):
 
 def save_peft(model, directory):
     """Write a plain LoRA adapter that Hugging Face PEFT, and servers that read its format, load on the untouched base:
-    adapter_config.json and adapter_model.safetensors (.bin where safetensors is not installed).  Gains are folded in and
-    every scale is 1; init="svd" exports twice its rank.  ValueError without adapters, and for what PEFT cannot express."""
+    adapter_config.json and adapter_model.safetensors (.bin where safetensors is not installed).  Gains are folded in,
+    every scale is 1, init="svd" exports twice its rank.  ValueError without adapters or for what PEFT can't express."""
     model, adapters = _adapted(model)
     names, also = [name for name, _ in model.named_modules()], model._aira["also_train"]
-    shared = [n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, AiraLinear) and n not in adapters]
+    everywhere = model.named_modules(remove_duplicate=False)
+    shared = [name for name, m in everywhere if isinstance(m, AiraLinear) and name not in adapters]
     # PEFT takes modules_to_save by bare str.endswith: "classifier" would also be "pre_classifier".
     caught = [name for name in names if name.endswith(tuple(also)) and not any(_inside(name, a) for a in also)]
     if shared or caught:
-        raise ValueError(f"PEFT cannot express layers shared under a second name {shared} or modules whose name ends like one "
-                         f"of also_train {caught}: use merge_aira and save the whole model")
+        raise ValueError(f"PEFT cannot express layers shared under a second name {shared}, nor modules whose name ends "
+                         f"like one of also_train {caught}: use merge_aira and save the whole model")
     tensors = {key: tensor for key, tensor in model.state_dict().items() if any(_inside(key, name) for name in also)}
     ranks = {}
     for name, adapter in adapters.items():
@@ -698,7 +702,8 @@ def save_peft(model, directory):
         targets = "|".join(map(re.escape, targets))  # a string is one regular expression, to be matched in full
     config = {"peft_type": "LORA", "r": max(ranks.values()), "lora_alpha": max(ranks.values()), "rank_pattern": ranks,
               "alpha_pattern": ranks, "target_modules": targets, "modules_to_save": also or None, "lora_dropout": 0.0,
-              "bias": "none", "fan_in_fan_out": all(is_conv1d(a.base) for a in adapters.values()), "inference_mode": True}
+              "bias": "none", "fan_in_fan_out": all(is_conv1d(a.base) for a in adapters.values()),
+              "inference_mode": True}
     try:
         from safetensors.torch import save_file
     except ImportError:

@@ -232,7 +232,8 @@ def plot(curves, height=16):
             grid[round((high - math.log(loss)) / (high - low) * (height - 1))][3 * i + 2] = letter
     for i, row in enumerate(grid):
         print(f"{math.exp(high - (high - low) * i / (height - 1)):6.2f} |{''.join(row)}")
-    print("       +" + "-" * width + f"  step {EVERY} .. {STEPS}, " + ", ".join(f"{c} = {n}" for c, n in zip("LA", curves)))
+    letters = ", ".join(f"{letter} = {name}" for letter, name in zip("LA", curves))
+    print("       +" + "-" * width + f"  step {EVERY} .. {STEPS}, {letters}")
 
 
 def with_deviation(values, digits):
@@ -247,7 +248,8 @@ def report(results, sizes, rates):
     """The tables: each method at its own best rate, then every rate."""
     goal = results["LoRA"]
     goal = mean_curve(goal[best_rate(goal)])[-1]
-    print(f"\neach at its own best rate; steps, of {STEPS}, to LoRA's final loss {goal:.4f}; mean +- deviation over seeds\n")
+    print(f"\neach at its own best rate; steps, of {STEPS}, to LoRA's final loss {goal:.4f}; mean +- deviation over "
+          "seeds\n")
     print(f"{'method':24}  {'trained':>9}  {'rate':>6}  {'steps':>12}  {'half way':>8}  {'final loss':>17}")
     for name, runs in results.items():
         rate = best_rate(runs)
