@@ -8,6 +8,10 @@
 A byte-level GPT learns Python's standard library (and is cached in .cache/), then moves to the C++ headers inside the
 torch package.  All methods get the same data in the same order, steps, schedule (10 % warm-up, cosine to 10 %), AdamW
 without weight decay, and clipping at norm 1; LoRA and AIRA train the same number of parameters.
+
+Measured with --full --seeds 3 (torch 2.13.0, two CPU cores, 1708 s): with each method at its own best rate, AIRA reaches
+LoRA's final loss after 57 +- 1 of 100 steps.  Above half of LoRA's best rate AIRA does worse, and equal ranks end lower
+here than ranks by outlier mass; README has all cells.
 """
 import argparse
 import copy
