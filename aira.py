@@ -56,7 +56,7 @@ class Statistics:
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
         self.output_norm = torch.zeros((), device=device)
         self.squares = torch.zeros(in_features, device=device)
-        width = min(in_features, k + 16) if k else 0  # 16 to spare, for accuracy
+        width = min(in_features, k + 16)  # 16 to spare, for accuracy
         omega = torch.randn(in_features, width, generator=torch.Generator().manual_seed(0))  # the same in all processes
         self.omega = torch.linalg.qr(omega)[0].to(device)
         self.sketch = torch.zeros_like(self.omega)
@@ -251,30 +251,27 @@ def knapsack_ranks(importance, costs, budget, min_rank, max_ranks):
 # G = C^-p, with C = mean x x^T = Q diag(lambda) Q^T, lets the others be heard.  The k loudest directions are kept and
 # the rest count as one average, G = c I + Q_k diag(d) Q_k^T: k * in numbers, and never a matrix.
 #
+# How large?  A0 = 2 V^T G with |G x|^2 = in / 12 on average, so that A0 x starts about as large as in a LoRA layer
+# whose inputs have unit RMS, whatever the layer's own inputs have: one learning rate then fits all layers.
+#
 # Departure: this amplifies quiet directions, where the abstract speaks of significant weights: amplifying loud inputs
 # with a diagonal G slowed convergence in a prototype.  And the released code multiplies the adapter's output by a gate
 # in [0, 1] made from the batch at hand: that only attenuates, ties a sample to its batch, and is lost on merging;
 # a fixed G is part of dW.
 
-def input_gain(rms, directions, eigenvalues, power, damping=1e-2):
-    """G ~ (C + damping * mean(lambda) I)^-power, scaled so that |G x|^2 is `in` on average.
+def input_gain(total, directions, eigenvalues, power, damping=0.1):
+    """G ~ (C + damping * mean(lambda) I)^-power, scaled so that the mean of |G x|^2 is in / 12.
 
-    rms (in,), directions (in, k), eigenvalues (k,) -> gain (in,), stretch (k,):
-    G = diag(gain) + directions diag(stretch) directions^T.  For k = 0, C's diagonal stands for C.
+    total = trace C, directions (in, k), eigenvalues (k,) -> gain (1,), stretch (k,):
+    G = gain I + directions diag(stretch) directions^T.  power = 0 gives G = gain I.
     """
     n, k = directions.shape
-    total = rms.square().sum()
     if total == 0:  # nothing to go by
-        return torch.ones_like(rms), torch.zeros_like(eigenvalues)
-    floor = damping * total / n
-    if k == 0:
-        gain = (rms.square() + floor) ** -power
-        return gain * (n / (gain * rms).square().sum()).sqrt(), eigenvalues
-    rest = (total - eigenvalues.sum()).clamp_min(0)
+        return torch.ones_like(eigenvalues[:1]), torch.zeros_like(eigenvalues)
+    rest, floor = (total - eigenvalues.sum()).clamp_min(0), damping * total / n
     loud, quiet = (eigenvalues + floor) ** -power, (rest / max(n - k, 1) + floor) ** -power
-    energy = (loud.square() * eigenvalues).sum() + quiet.square() * rest
-    scale = (n / energy).sqrt()
-    return (scale * quiet).repeat(n), scale * (loud - quiet)
+    scale = (n / 12 / ((loud.square() * eigenvalues).sum() + quiet.square() * rest)).sqrt()
+    return (scale * quiet).reshape(1), scale * (loud - quiet)
 
 TENSORS = ("lora_A", "lora_B", "start_A", "start_B", "gain", "directions", "stretch")  # of an AiraLinear
 
@@ -284,13 +281,13 @@ class AiraLinear(nn.Module):
     base                nn.Linear or Conv1D, frozen; its weight is never touched
     lora_A, lora_B      (r, in), (out, r), trainable, zero at the start:  A = A0 + lora_A G ,  B = B0 + lora_B
     start_A, start_B    A0 and B0, frozen; start_B is None where B0 = 0, and this is exactly a LoRA layer
-    gain, directions, stretch       G, frozen, as input_gain returns it; None for G = I
+    gain, directions, stretch       G, frozen, as input_gain returns it
 
     Training differences keeps the output at the start the base model's bit for bit in any dtype, and weight decay off
     the pretrained weights.  The frozen tensors are parameters because DDP would broadcast buffers at every step.
     """
 
-    def __init__(self, base, start_A, start_B=None, gain=None, directions=None, stretch=None, lora_A=None, lora_B=None):
+    def __init__(self, base, start_A, start_B, gain, directions, stretch, lora_A=None, lora_B=None):
         super().__init__()
         rank, self.in_features = start_A.shape
         self.out_features = base.weight.numel() // self.in_features
@@ -310,9 +307,7 @@ class AiraLinear(nn.Module):
 
             dW  =  (B0 + lora_B) (A0 + lora_A G) - B0 A0  =  [B0 + lora_B | lora_B] [lora_A G ; A0]
         """
-        moved = self.lora_A
-        if self.gain is not None:
-            moved = times_gain(moved, self.gain, self.directions, self.stretch)
+        moved = times_gain(self.lora_A, self.gain, self.directions, self.stretch)
         if self.start_B is None:
             return self.lora_B, self.start_A + moved
         return torch.cat([self.start_B + self.lora_B, self.lora_B], 1), torch.cat([moved, self.start_A])
@@ -435,14 +430,19 @@ def _find_layers(model, targets, also_train):
     return layers, skipped
 
 def _calibrate(model, layers, run, k):
-    """Run the user's batches, in eval mode and without gradients, and gather {name: Statistics}."""
+    """Run the user's batches, in eval mode and without gradients, and gather {name: Statistics}; without batches
+    (None) as if the inputs were white, C = I."""
     statistics, hooks = {}, []
     modes = [(module, module.training) for module in model.modules()]
     try:
         for name, layer in layers.items():
-            in_features = _out_in(layer).shape[1]
-            statistics[name] = Statistics(in_features, k, layer.weight.device)
-            hooks.append(layer.register_forward_hook(statistics[name].hook, with_kwargs=True))
+            seen = statistics[name] = Statistics(_out_in(layer).shape[1], k, layer.weight.device)
+            if run is None:
+                seen.rms, seen.sketch = seen.squares + 1, seen.omega
+                seen.output_norm = float(layer.weight.detach().float().norm())
+            hooks.append(layer.register_forward_hook(seen.hook, with_kwargs=True))
+        if run is None:
+            return statistics
         model.eval()
         with torch.no_grad(), torch.random.fork_rng(range(torch.cuda.device_count())):
             run()
@@ -460,35 +460,26 @@ def _calibrate(model, layers, run, k):
     return statistics
 
 def _importance(weight, seen, importance):
-    """theta of one layer, from its (out, in) weight and its Statistics (None without calibration)."""
-    rms = seen.rms if seen else torch.ones(weight.shape[1], device=weight.device)
+    """theta of one layer, from its (out, in) weight and its Statistics."""
     if importance == "outlier":
-        return outlier_score(weight, rms)[0]
+        return outlier_score(weight, seen.rms)[0]
     if importance == "fraction":
-        return outlier_score(weight, rms, threshold=5.0)[1]
-    if importance == "activation":
-        return seen.output_norm if seen else float(weight.float().norm())
-    return 1.0
+        return outlier_score(weight, seen.rms, threshold=5.0)[1]
+    return seen.output_norm if importance == "activation" else 1.0
 
 def _build(layer, seen, rank, init, amplify):
-    """The adapter of one layer, from its Statistics (None without calibration)."""
+    """The adapter of one layer, from its Statistics."""
     weight = _out_in(layer)
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    rms = seen.rms.to(weight) if seen else weight.new_ones(weight.shape[1])
-    gain = directions = stretch = None
-    if seen and amplify:
-        directions, eigenvalues = (t.to(weight) for t in principal_directions(seen.sketch, seen.omega, seen.k))
-        gain, stretch = input_gain(rms, directions, eigenvalues, amplify)
+    directions, eigenvalues = (t.to(weight) for t in principal_directions(seen.sketch, seen.omega, seen.k))
+    gain, stretch = input_gain(seen.rms.to(weight).square().sum(), directions, eigenvalues, amplify)
     if init == "svd":
-        B, A = outlier_weighted_svd(weight, rms, rank)
+        B, A = outlier_weighted_svd(weight, seen.rms, rank)
         return AiraLinear(layer, A, B, gain, directions, stretch)
-    if gain is None:
-        return AiraLinear(layer, outlier_weighted_svd(weight, rms, rank)[1])
-    # Departure: A0 comes from the SVD in G's coordinates,  W G^-1 = U diag(s) V^T ,  A0 = V_r^T G ,  and B0 = 0.  As S
-    # does by channel, G^-1 ~ C^p weights the directions of the inputs by their loudness.  Along a kept direction G is
-    # c + d, so G^-1 is 1 / (c + d), with c = gain[0]; for k = 0 there is none, and G^-1 is diag(1 / gain).
-    inverse = 1 / gain, directions, 1 / (gain[0] + stretch) - 1 / gain[0]
-    A = _top_svd(times_gain(weight, *inverse), rank)[2]
+    # Departure: A0 comes from the SVD in G's coordinates,  W G^-1 = U diag(s) V^T ,  A0 = 2 V_r^T G ,  and B0 = 0.  As
+    # S does by channel, G^-1 ~ C^p weights the directions of the inputs by their loudness.
+    inverse = 1 / gain, directions, 1 / (gain + stretch) - 1 / gain
+    A = 2 * _top_svd(times_gain(weight, *inverse), rank)[2]
     return AiraLinear(layer, times_gain(A, gain, directions, stretch), None, gain, directions, stretch)
 
 def _replace(model, swap):
@@ -501,7 +492,7 @@ def _replace(model, swap):
 def _whole(value, least):
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= least
 
-def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="subspace", importance="outlier",
+def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="subspace", importance="uniform",
                allocate="knapsack", min_rank=1, max_rank=None, also_train=(), amplify=0.35, directions=32):
     """Put AIRA adapters into `model` in place, freeze everything else, and return a Report that prints as a table.
 
@@ -516,8 +507,8 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="subspace", 
     allocate     "knapsack" (exact) or "greedy"
     min_rank, max_rank      bounds on every layer's rank; max_rank=None is 4 * rank
     also_train   names of modules or their endings that are trained in full and saved along: a new head, norms
-    amplify      power p of the gain G = C^-p; 0 turns amplification off (slower, but steadier at high learning rates)
-    directions   k, the number of principal directions that G tells apart; 0 keeps C's diagonal instead
+    amplify      power p of the gain G = C^-p; 0 turns amplification off
+    directions   k, the number of principal directions that G tells apart
 
     Call it before the optimizer is built and before torch.compile, DDP or fully_shard; under torch.distributed on all
     processes, each with its own batches.  Bad input raises ValueError or TypeError and leaves the model as it was.
@@ -528,7 +519,7 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="subspace", 
             ("rank", rank, _whole(rank, 1), "a whole number >= 1"),
             ("min_rank", min_rank, _whole(min_rank, 1), "a whole number >= 1"),
             ("max_rank", max_rank, max_rank is None or _whole(max_rank, 1), "None or a whole number >= 1"),
-            ("directions", directions, _whole(directions, 0), "a whole number >= 0"),
+            ("directions", directions, _whole(directions, 1), "a whole number >= 1"),
             ("amplify", amplify, isinstance(amplify, (int, float)) and 0 <= amplify <= 1, "a number in 0 .. 1"),
             ("init", init, init in ("subspace", "svd"), "'subspace' or 'svd'"),
             ("importance", importance, importance in ("outlier", "fraction", "activation", "uniform"),
@@ -547,15 +538,13 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="subspace", 
         raise ValueError(f"also_train={missed} match no module; the model has {list(dict(model.named_children()))}")
 
     layers, skipped = _find_layers(model, targets, trained)
-    statistics = {}
     if calibrate is None:
         warnings.warn("apply_aira without calibrate: all channels weigh the same, ranks follow the weights alone, and "
                       "nothing is amplified", stacklevel=2)
-    else:
-        statistics = _calibrate(model, layers, calibrate, directions if amplify else 0)
+    statistics = _calibrate(model, layers, calibrate, directions)
 
     weights = {name: _out_in(layer) for name, layer in layers.items()}
-    scores = [_importance(weight, statistics.get(name), importance) for name, weight in weights.items()]
+    scores = [_importance(weight, statistics[name], importance) for name, weight in weights.items()]
     costs = [sum(weight.shape) for weight in weights.values()]
     budget, most = rank * sum(costs), [min(*weight.shape, max_rank) for weight in weights.values()]
     if importance == "uniform":
@@ -565,9 +554,8 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="subspace", 
 
     swap, rows = {}, []
     for (name, layer), score, cost, r in zip(layers.items(), scores, costs, ranks):
-        swap[id(layer)] = _build(layer, statistics.get(name), r, init, amplify)
-        tokens = statistics[name].tokens if statistics else 0
-        rows.append(Row(name, tuple(weights[name].shape), tokens, score, r, cost * r))
+        swap[id(layer)] = _build(layer, statistics[name], r, init, amplify)
+        rows.append(Row(name, tuple(weights[name].shape), statistics[name].tokens, score, r, cost * r))
         if len(layers) > 50:
             end = "\n" if len(rows) == len(layers) else ""
             print(f"\raira: layer {len(rows)} of {len(layers)}", end=end, file=sys.stderr, flush=True)
@@ -660,9 +648,8 @@ def load_aira(model, state):
         out_features, in_features = _out_in(modules[name]).shape
         r, k = (part[t].shape[-1] if t in part and part[t].dim() == 2 else 0 for t in ("lora_B", "directions"))
         shapes = {"lora_A": (r, in_features), "lora_B": (out_features, r), "start_A": (r, in_features),
-                  "start_B": (out_features, r), "gain": (in_features,), "directions": (in_features, k), "stretch": (k,)}
-        optional = {"start_B"} if "gain" in part else {"start_B", "gain", "directions", "stretch"}
-        want.update({f"{name}.{t}": shape for t, shape in shapes.items() if t in part or t not in optional})
+                  "start_B": (out_features, r), "gain": (1,), "directions": (in_features, k), "stretch": (k,)}
+        want.update({f"{name}.{t}": shape for t, shape in shapes.items() if t in part or t != "start_B"})
     got = {key: tuple(tensor.shape) for key, tensor in state.items()}
     problems = [f"{key} is {got.get(key, 'missing')} and should be {want.get(key, 'absent, it is unexpected here')}"
                 for key in sorted({**got, **want}) if got.get(key) != want.get(key)]
@@ -671,7 +658,7 @@ def load_aira(model, state):
         problems.append(f"it has {len(state)} of the {count} tensors of that aira_state_dict")
     if problems:
         raise ValueError(f"the state does not fit this model ({len(problems)} faults): {'; '.join(problems[:5])}")
-    swap = {id(modules[name]): AiraLinear(modules[name], **part) for name, part in parts.items()}
+    swap = {id(modules[name]): AiraLinear(modules[name], **{"start_B": None, **part}) for name, part in parts.items()}
     also_train = sorted({key.rpartition(".")[0] for key in state.keys() & own.keys()})
     for key in state.keys() & own.keys():
         own[key].copy_(state[key])

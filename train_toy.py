@@ -1,84 +1,90 @@
 # SPDX-License-Identifier: MIT
-"""Fine-tune a small GPT with LoRA and with AIRA, on real text that every machine with torch has.
+"""Fine-tune a small transformer with LoRA and with AIRA, on data that every machine with torch and numpy has.
 
-    python train_toy.py            # LoRA and AIRA, three learning rates each; CPU or GPU, nothing is downloaded
-    python train_toy.py --full     # all methods, six learning rates, five seeds (README's tables)
-    python train_toy.py --tiny     # seconds, to see that it runs
+    python train_toy.py                     # LoRA and AIRA, three learning rates each; CPU or GPU, nothing is downloaded
+    python train_toy.py --full              # every method and ablation, six learning rates, five seeds: README's tables
+    python train_toy.py --model vit         # images instead of text; goes with every other option
+    python train_toy.py --tiny              # seconds, to see that it runs
+    torchrun --nproc-per-node=2 train_toy.py        # the same, data-parallel
 
-A byte-level GPT learns Python's standard library (and is cached in .cache/), then moves to the C++ headers inside the
-torch package.  All methods get the same data in the same order, steps, schedule (10 % warm-up, cosine to 10 %), AdamW
-without weight decay, and clipping at norm 1; LoRA and AIRA train the same number of parameters.
-
-Measured with --full --seeds 3 (torch 2.13.0, two CPU cores, 1708 s): with each method at its own best rate, AIRA reaches
-LoRA's final loss after 57 +- 1 of 100 steps.  Above half of LoRA's best rate AIRA does worse, and equal ranks end lower
-here than ranks by outlier mass; README has all cells.
+gpt: a byte-level GPT learns Python's standard library, then moves to the C++ headers inside the torch package.
+vit: a ViT learns to tell 64 glyphs of straight strokes apart, then 32 glyphs of curved strokes from 16 images each.
+The pretrained model is cached in .cache/.  All methods get the same data in the same order, steps, schedule (10 %
+warm-up, cosine to 10 %), AdamW without weight decay, and clipping at norm 1; LoRA and AIRA train equally many parameters.
 """
 import argparse
 import copy
+import functools
 import json
 import math
+import multiprocessing
+import os
 import random
 import statistics
 import sys
 import sysconfig
 import time
-import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from aira import AiraLinear, apply_aira
+from aira import AiraLinear, apply_aira, outlier_weighted_svd
 
 HERE = Path(__file__).resolve().parent
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CONTEXT = 64  # bytes
+WORLD, PLACE = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))  # of torchrun's processes
+DEVICE = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+CONTEXT = 64  # bytes a text
 RANK = 16
-LAYERS = "qkv", "proj", "up", "down"  # what is adapted: all but the head
-STEPS, EVERY, BATCH = 100, 5, 16  # of a fine-tuning; validation loss every so many steps; sequences a step
+LAYERS = "qkv", "proj", "up", "down"  # what is adapted: all but the embedding and the head
+EVERY = 10  # steps between two points of a curve
 
 
-# ---- A byte-level GPT from plain nn.Linear -------------------------------------------------------------------------
+# ---- Two transformers from plain nn.Linear -------------------------------------------------------------------------
 
 
 class Block(nn.Module):
-    def __init__(self, width, heads):
+    def __init__(self, width, heads, causal):
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.norm1, self.qkv, self.proj = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.norm2, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x):
         b, t, d = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        x = x + self.proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, t, d))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        x = x + self.proj(mixed.transpose(1, 2).reshape(b, t, d))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
-class GPT(nn.Module):
-    def __init__(self, width, layers):
+class Transformer(nn.Module):
+    def __init__(self, embedding, places, outputs, width, layers, causal):
         super().__init__()
-        self.bytes, self.places = nn.Embedding(256, width), nn.Embedding(CONTEXT, width)
-        self.blocks = nn.ModuleList(Block(width, width // 32) for _ in range(layers))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 256)
+        self.embedding, self.places, self.causal = embedding, nn.Embedding(places, width), causal
+        self.blocks = nn.ModuleList(Block(width, width // 32, causal) for _ in range(layers))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, outputs)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 last = name.endswith(("proj.weight", "down.weight"))
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * layers) if last else 0.02)
 
-    def forward(self, x):  # (batch, time) bytes -> (batch, time, 256) logits
-        h = self.bytes(x) + self.places.weight[: x.shape[1]]
+    def forward(self, x):
+        """GPT: bytes (b, t) -> logits (b, t, 256).  ViT: patches (b, 16, 64) -> logits (b, classes)."""
+        h = self.embedding(x) + self.places.weight[: x.shape[1]]
         for block in self.blocks:
             h = block(h)
-        return self.head(self.norm(h))
+        return self.head(self.norm(h if self.causal else h.mean(1)))
 
 
-# ---- Data and training ---------------------------------------------------------------------------------------------
+# ---- Data: functions that draw a batch (x, y) from a generator -------------------------------------------------------
 
 
-def read(folder, pattern, limit):
-    """The bytes of matching files, in a random order that is always the same, as one tensor (n,)."""
+def texts(folder, pattern, limit=8_000_000):
+    """Matching files, joined in a random order that is always the same; the last eighth is held out."""
     skip = {"site-packages", "test", "tests", "idlelib", "pybind11"}
     data, paths = bytearray(), sorted(Path(folder).rglob(pattern))
     random.Random(0).shuffle(paths)
@@ -88,85 +94,144 @@ def read(folder, pattern, limit):
     if len(data) < 200_000:
         sys.exit(f"train_toy.py needs at least 200 kB of {pattern} files in {folder} and found {len(data)} bytes: "
                  "use a Python with its standard library's sources, and a torch wheel with its include folder")
-    return torch.frombuffer(data, dtype=torch.uint8).long().to(DEVICE)
+    data = torch.frombuffer(data, dtype=torch.uint8).long().to(DEVICE)
+
+    def draw(part, batch, generator):
+        start = torch.randint(len(part) - CONTEXT - 1, (batch,), generator=generator).to(DEVICE)
+        window = part[start[:, None] + torch.arange(CONTEXT + 1, device=DEVICE)]
+        return window[:, :-1], window[:, 1:]
+
+    return functools.partial(draw, data[: -len(data) // 8]), functools.partial(draw, data[-len(data) // 8:])
 
 
-def sample(data, batch, generator):
-    start = torch.randint(len(data) - CONTEXT - 1, (batch,), generator=generator).to(DEVICE)
-    window = data[start[:, None] + torch.arange(CONTEXT + 1, device=DEVICE)]
-    return window[:, :-1], window[:, 1:]
+def glyphs(classes, shots, curved, seed):
+    """Noisy 32 x 32 images of `classes` glyphs, four strokes each, as patches (n, 16, 64); every image bends its glyph
+    a little otherwise.  `shots` images a class to train on, and sixteen a class held out."""
+    rng, total = np.random.default_rng(seed), shots + 16
+    ends, bend = rng.uniform(-0.7, 0.7, (2, classes, 4, 1, 2)), rng.uniform(-0.6, 0.6, (classes, 4, 1, 2)) * curved
+    t = np.linspace(0, 1, 24)[:, None]
+    strokes = ((1 - t) * ends[0] + t * ends[1] + 4 * t * (1 - t) * bend).reshape(classes, 1, 96, 2)
+    warp = np.eye(2) + rng.normal(0, 0.1, (classes, total, 2, 2))
+    points = (strokes @ warp + rng.normal(0, 0.12, (classes, total, 1, 2))).reshape(-1, 96, 2)
+    n = len(points)
+    grid, thickness = np.linspace(-1, 1, 32), rng.uniform(0.05, 0.1, (n, 1, 1))
+    x, y = (np.exp(-(((points[:, :, [i]] - grid) / thickness) ** 2)) for i in (0, 1))
+    images = np.minimum(y.swapaxes(1, 2) @ x, 1) * rng.uniform(0.5, 1.5, (n, 1, 1)) + rng.normal(0, 0.2, (n, 32, 32))
+    patches = images.reshape(classes, total, 4, 8, 4, 8).swapaxes(3, 4).reshape(classes, total, 16, 64)
+    patches = torch.tensor(patches, dtype=torch.float32, device=DEVICE)
+    labels = torch.arange(classes, device=DEVICE)[:, None].expand(classes, total)
+
+    def draw(x, y, batch, generator):
+        chosen = torch.randint(len(x), (batch,), generator=generator).to(DEVICE)
+        return x[chosen], y[chosen]
+
+    return tuple(functools.partial(draw, patches[:, part].flatten(0, 1), labels[:, part].flatten())
+                 for part in (slice(shots), slice(shots, None)))
 
 
-def loss_of(model, batch):
-    return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
+# ---- Training ------------------------------------------------------------------------------------------------------
 
 
-def fit(model, data, lr, steps, batch, seed, every=0, held_out=None, tick=lambda: None):
-    """Train what requires a gradient; the held-out losses, one every `every` steps."""
+def loss_of(logits, y):
+    return F.cross_entropy(logits.flatten(0, -2), y.flatten())
+
+
+def fit(model, draw, rate, steps, batch, seed, held_out=None):
+    """Train what requires a gradient -> the curve, [(held-out loss, accuracy)] every EVERY steps, and seconds a step."""
     generator = torch.Generator().manual_seed(seed)  # seeds the order of the data
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.0)
-    curve = []
+    optimizer = torch.optim.AdamW(parameters, rate, weight_decay=0.0)
+    curve, seconds = [], []
     for step in range(steps):
+        start = time.perf_counter()
         warm, cosine = (step + 1) / (0.1 * steps), 0.5 + 0.5 * math.cos(math.pi * step / steps)
-        optimizer.param_groups[0]["lr"] = lr * min(1, warm) * (0.1 + 0.9 * cosine)
-        loss = loss_of(model, sample(data, batch, generator))
+        optimizer.param_groups[0]["lr"] = rate * min(1, warm) * (0.1 + 0.9 * cosine)
+        x, y = (part[PLACE::WORLD] for part in draw(batch, generator))  # this process's share of the batch
         optimizer.zero_grad()
-        loss.backward()
+        loss_of(model(x), y).backward()
+        if WORLD > 1:
+            for p in parameters:
+                dist.all_reduce(p.grad)
+                p.grad /= WORLD
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        if every and (step + 1) % every == 0:
+        if DEVICE != "cpu":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+        if held_out and (step + 1) % EVERY == 0:
             with torch.no_grad():
-                curve.append(loss_of(model, held_out).item())
-        tick()
-    return curve
+                logits, y = model(held_out[0]), held_out[1]
+                curve.append((loss_of(logits, y).item(), (logits.argmax(-1) == y).float().mean().item()))
+    return curve, statistics.median(seconds)
 
 
-def pretrained(width, layers, steps, tick):
+@functools.lru_cache(1)
+def prepare(kind, width, layers, before, batch):
+    """The pretrained model, draw for the new task, its held-out batch, and four batches to calibrate on."""
     torch.manual_seed(0)
-    model = GPT(width, layers).to(DEVICE)
-    path = HERE / ".cache" / f"gpt-{width}-{layers}-{steps}.pt"
+    path = HERE / ".cache" / f"{kind}-{width}-{layers}-{before}.pt"
+    if kind == "gpt":
+        model = Transformer(nn.Embedding(256, width), CONTEXT, 256, width, layers, causal=True)
+        old = functools.partial(texts, sysconfig.get_paths()["stdlib"], "*.py")
+        draw, held_out = texts(Path(torch.__file__).parent / "include", "*.h")
+    else:
+        model = Transformer(nn.Linear(64, width), 16, 64, width, layers, causal=False)
+        old = functools.partial(glyphs, 64, 200, curved=False, seed=0)
+        draw, held_out = glyphs(32, 16, curved=True, seed=1)
+    model.to(DEVICE)
     if path.exists():
         model.load_state_dict(torch.load(path, map_location=DEVICE, weights_only=True))
-        return model
-    fit(model, read(sysconfig.get_paths()["stdlib"], "*.py", 8e6), 3e-3, steps, BATCH, seed=0, tick=tick)
-    path.parent.mkdir(exist_ok=True)
-    torch.save(model.state_dict(), path)
-    return model
+    else:
+        print(f"pretraining, {before} steps, once ...", file=sys.stderr, flush=True)
+        fit(model, old()[0], (3e-3 if kind == "gpt" else 1e-3) * min(1, 128 / width), before, batch, seed=0)
+        if PLACE == 0:
+            path.parent.mkdir(exist_ok=True)
+            torch.save(model.state_dict(), path)
+    if kind == "vit":
+        model.head = nn.Linear(width, 32, device=DEVICE)  # new classes; it starts at zero and every method trains it
+        nn.init.zeros_(model.head.weight)
+    examples = torch.Generator().manual_seed(1)
+    batches = [draw(batch, examples)[0][PLACE::WORLD] for _ in range(4)]
+    return model, draw, held_out(32 if kind == "gpt" else 256, torch.Generator().manual_seed(0)), batches
 
 
-# ---- Methods -------------------------------------------------------------------------------------------------------
+# ---- Methods: functions that put adapters into a model -------------------------------------------------------------
 
 
 class LoRALinear(nn.Module):
-    """Plain LoRA, the baseline: y = base(x) + scale B A x, A uniform and B zero."""
+    """Plain LoRA, the baseline: y = base(x) + scale B A x, A uniform and B zero; scale is alpha / rank.
 
-    def __init__(self, base, rank, scale):
+    As PiSSA (arXiv 2404.02948): A and B from the plain SVD of the weight, which keeps the rest.
+    """
+
+    def __init__(self, base, rank, scale, pissa):
         super().__init__()
         self.base, self.scale = base, scale
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        if pissa:
+            B, A = outlier_weighted_svd(base.weight, torch.ones_like(base.weight[0]), rank)
+            self.lora_A.data, self.lora_B.data = A.contiguous(), B.contiguous()
+            base.weight.data -= B @ A
 
     def forward(self, x):
         return self.base(x) + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
 
 
-def lora(scale):
-    def apply(model, calibrate, rank):
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
+def lora(scale, pissa=False):
+    def apply(model, calibrate, rank, head):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith(head))
         for block in model.blocks:
             for name in LAYERS:
-                setattr(block, name, LoRALinear(getattr(block, name), rank, scale).to(DEVICE))
+                setattr(block, name, LoRALinear(getattr(block, name), rank, scale, pissa).to(DEVICE))
     return apply
 
 
-def aira(calibrated=True, random_start=False, **options):
-    def apply(model, calibrate, rank):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PiSSA does without calibration, on purpose
-            apply_aira(model, calibrate if calibrated else None, rank=rank, targets=LAYERS, **options)
+def aira(random_start=False, **options):
+    def apply(model, calibrate, rank, head):
+        apply_aira(model, calibrate, rank=rank, targets=LAYERS, also_train=head, **options)
         for adapter in model.modules():
             if random_start and isinstance(adapter, AiraLinear):
                 with torch.no_grad():  # as large as the chosen start, in random directions
@@ -178,33 +243,66 @@ def aira(calibrated=True, random_start=False, **options):
 METHODS = {
     "LoRA": lora(1),
     "AIRA": aira(),
+    "full fine-tuning": lambda model, calibrate, rank, head: None,
+    "LoRA, alpha = 2 rank": lora(2),
     "LoRA, alpha = 8 rank": lora(8),
-    "full fine-tuning": lambda model, calibrate, rank: None,
+    "LoRA, alpha = 32 rank": lora(32),
+    "PiSSA": lora(1, pissa=True),
     "AIRA, random start": aira(random_start=True),
-    "AIRA, equal ranks": aira(importance="uniform"),
-    "AIRA, not amplified": aira(amplify=0),
     "AIRA, paper's start": aira(init="svd"),
-    "PiSSA": aira(calibrated=False, init="svd", importance="uniform"),
+    "AIRA, not amplified": aira(amplify=0),
+    "AIRA, ranks by outliers": aira(importance="outlier"),
+    "AIRA, ranks by fraction": aira(importance="fraction"),
 }
+
+
+# ---- Runs ----------------------------------------------------------------------------------------------------------
+
+
+def run(task, method, rate, seed, rank, steps, batch):
+    """One fine-tuning -> its curve, seconds a step and for putting the adapters in, and the parameters it trained."""
+    if DEVICE == "cpu":
+        torch.set_num_threads(1)  # as many runs at a time as there are cores is faster than one run on all cores
+    base, draw, held_out, batches = prepare(*task)
+    torch.manual_seed(seed)  # seeds LoRA's random start
+    model = copy.deepcopy(base)
+    start = time.perf_counter()
+    METHODS[method](model, lambda: [model(x) for x in batches], rank, ("head",) if task[0] == "vit" else ())
+    apply_seconds = time.perf_counter() - start
+    curve, step_seconds = fit(model, draw, rate, steps, batch, seed, held_out)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {"method": method, "rate": rate, "seed": seed, "rank": rank, "curve": curve, "trained": trained,
+            "step_seconds": step_seconds, "apply_seconds": apply_seconds}
+
+
+def run_all(jobs):
+    """run(*job) of every job, in processes of their own on a CPU; with the time left on stderr."""
+    results, start = [], time.monotonic()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = 1 if WORLD > 1 or DEVICE != "cpu" else min(cores, len(jobs))
+    pool = multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else None
+    for result in pool.imap(_run, jobs) if pool else map(_run, jobs):
+        results.append(result)
+        left = (time.monotonic() - start) / len(results) * (len(jobs) - len(results))
+        if PLACE == 0:
+            print(f"\rrun {len(results)} of {len(jobs)}, {left:.0f} s left   ", end="", file=sys.stderr, flush=True)
+    if pool:
+        pool.close()
+    if PLACE == 0:
+        print(file=sys.stderr)
+    return results
+
+
+def _run(job):
+    return run(*job)
 
 
 # ---- What was measured ---------------------------------------------------------------------------------------------
 
 
-class Progress:
-    """One line on stderr with the time left."""
-
-    def __init__(self, total):
-        self.total, self.done, self.start, self.shown = total, 0, time.monotonic(), 0.0
-
-    def __call__(self):
-        self.done += 1
-        now = time.monotonic()
-        if now - self.shown > 0.5 or self.done == self.total:
-            left = (now - self.start) / self.done * (self.total - self.done)
-            end = "\n" if self.done == self.total else ""
-            print(f"\rstep {self.done} of {self.total}, {left:.0f} s left   ", end=end, file=sys.stderr, flush=True)
-            self.shown = now
+def losses(runs):
+    """The mean over seeds of the held-out loss, at each point of the curve."""
+    return [statistics.fmean(loss for loss, _ in points) for points in zip(*(run["curve"] for run in runs))]
 
 
 def steps_to(curve, target):
@@ -216,110 +314,174 @@ def steps_to(curve, target):
     return None
 
 
-def mean_curve(curves):
-    return [statistics.fmean(points) for points in zip(*curves)]
+def spread(values, digits):
+    """Mean and deviation of the numbers that are there, and how many are not."""
+    there = [value for value in values if value is not None]
+    if not there:
+        return "never"
+    text = f"{statistics.fmean(there):.{digits}f}"
+    text += f" +-{statistics.stdev(there):.{digits}f}" if len(there) > 1 else ""
+    return text + (f" ({len(values) - len(there)} never)" if len(there) < len(values) else "")
 
 
-def best_rate(runs):
-    """The learning rate of the lowest mean final loss, among runs {rate: [curve of each seed]}."""
-    return min(runs, key=lambda rate: mean_curve(runs[rate])[-1])
+def best(method):
+    """The runs of a method, {rate: runs}, at the rate of the lowest mean final loss."""
+    return min(method.values(), key=lambda runs: losses(runs)[-1])
 
 
-def plot(curves, height=16):
-    """Mean loss by step as text, log scale; one letter a method."""
-    points = [math.log(loss) for curve in curves.values() for loss in curve]
-    low, high = min(points), max(points)
-    width = 3 * len(next(iter(curves.values())))
-    grid = [[" "] * width for _ in range(height)]
-    for letter, curve in zip("LA", curves.values()):
-        for i, loss in enumerate(curve):
-            grid[round((high - math.log(loss)) / (high - low) * (height - 1))][3 * i + 2] = letter
+def best_lora(results):
+    """The name of the scale that ends lowest at its best rate: LoRA with scale and rate tuned."""
+    return min((name for name in results if name.startswith("LoRA")), key=lambda name: losses(best(results[name]))[-1])
+
+
+def chart(title, lines, labels, height=14):
+    """A text figure: {letter: [y of each column]}, columns under their labels."""
+    points = [y for line in lines.values() for y in line]
+    low, high = min(points), max(max(line[-1] for line in lines.values()), sorted(points)[int(0.8 * len(points))])
+    wide = max(map(len, labels)) + 2
+    grid = [[" "] * wide * len(labels) for _ in range(height)]
+    for letter, line in lines.items():
+        for i, y in enumerate(line):
+            row = round((high - min(y, high)) / ((high - low) or 1) * (height - 1))
+            cell = next((c for c in range(wide * i + wide - 2, wide * i, -1) if grid[row][c] == " "), wide * i)
+            grid[row][cell] = letter
+    print(f"\n{title}\n")
     for i, row in enumerate(grid):
-        print(f"{math.exp(high - (high - low) * i / (height - 1)):6.2f} |{''.join(row)}")
-    letters = ", ".join(f"{letter} = {name}" for letter, name in zip("LA", curves))
-    print("       +" + "-" * width + f"  step {EVERY} .. {STEPS}, {letters}")
+        print(f"{high - (high - low) * i / (height - 1):7.3f} |{''.join(row).rstrip()}")
+    print(" " * 9 + "".join(label.rjust(wide - 1) + " " for label in labels))
 
 
-def with_deviation(values, digits):
-    values = [value for value in values if value is not None]
-    if not values:
-        return "-"
-    spread = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{spread}"
-
-
-def report(results, sizes, rates):
-    """The tables: each method at its own best rate, then every rate."""
-    goal = results["LoRA"]
-    goal = mean_curve(goal[best_rate(goal)])[-1]
-    print(f"\neach at its own best rate; steps, of {STEPS}, to LoRA's final loss {goal:.4f}; mean +- deviation over "
-          "seeds\n")
-    print(f"{'method':24}  {'trained':>9}  {'rate':>6}  {'steps':>12}  {'half way':>8}  {'final loss':>17}")
-    for name, runs in results.items():
-        rate = best_rate(runs)
-        half = mean_curve(runs[rate])[len(runs[rate][0]) // 2 - 1]
-        reached = [steps_to(curve, goal) for curve in runs[rate]]
-        missed = f" ({reached.count(None)} never)" if None in reached else ""
-        print(f"{name:24}  {sizes[name]:>9,}  {rate:>6.2g}  {with_deviation(reached, 0) + missed:>12}  {half:>8.3f}  "
-              f"{with_deviation([curve[-1] for curve in runs[rate]], 4):>17}")
-    print(f"\nfinal loss at every rate, and steps to LoRA's final loss at the same rate\n\n{'method':24}" +
-          "".join(f"  {rate:>12.2g}" for rate in rates))
-    for name, runs in results.items():
+def report(results, steps):
+    """The tables of README, from {method: {rate: [a run of each seed]}} at full size."""
+    rates = list(results["LoRA"])
+    goal = losses(best(results["LoRA"]))[-1]
+    scaled = best_lora(results)
+    tuned = losses(best(results[scaled]))[-1]
+    unit = statistics.median(run["step_seconds"] for run in best(results["LoRA"]))
+    print(f"\nEach method at its own best rate, mean +- deviation over {len(best(results['LoRA']))} seeds.  Steps, of "
+          f"{steps}, to LoRA's final loss {goal:.4f}")
+    print(f"(and to that of the best LoRA here, {scaled}, {tuned:.4f}); time of a step, LoRA's = 1; seconds of set-up.\n")
+    print(f"{'method':24} {'trained':>8} {'rate':>6}  {'steps':>18}  {'(best LoRA)':>18}  {'final loss':>15}  accuracy  time"
+          "  set-up")
+    for name, method in results.items():
+        runs = best(method)
+        curves = [[loss for loss, _ in run["curve"]] for run in runs]
+        print(f"{name:24} {runs[0]['trained']:>8,} {runs[0]['rate']:>6.2g}  "
+              f"{spread([steps_to(curve, goal) for curve in curves], 0):>18}  "
+              f"{spread([steps_to(curve, tuned) for curve in curves], 0):>18}  "
+              f"{spread([curve[-1] for curve in curves], 4):>15}  "
+              f"{statistics.fmean(run['curve'][-1][1] for run in runs):8.1%}  "
+              f"{statistics.median(run['step_seconds'] for run in runs) / unit:4.2f}  "
+              f"{statistics.median(run['apply_seconds'] for run in runs):6.2f}")
+    if "full fine-tuning" in results:
+        full, ours = (losses(best(results[name]))[-1] for name in ("full fine-tuning", "AIRA"))
+        print(f"\nAIRA closes {(tuned - ours) / (tuned - full):.0%} of the gap from {scaled} to full fine-tuning.")
+    print(f"\nFinal loss at every rate, and steps to LoRA's final loss at the same rate\n\n{'method':24}" +
+          "".join(f"{rate:>14.2g}" for rate in rates))
+    for name, method in results.items():
         cells = []
         for rate in rates:
-            curve = mean_curve(runs[rate])
-            steps = steps_to(curve, mean_curve(results["LoRA"][rate])[-1])
-            cells.append(f"{curve[-1]:.3f} ({'never' if steps is None else f'{steps:.0f}'})")
-        print(f"{name:24}" + "".join(f"  {cell:>12}" for cell in cells))
+            curve = losses(method[rate])
+            reached = steps_to(curve, losses(results["LoRA"][rate])[-1])
+            cells.append(f"{curve[-1]:.3f} ({'never' if reached is None else f'{reached:.0f}'})")
+        print(f"{name:24}" + "".join(f"{cell:>14}" for cell in cells))
+    shown = {"L": "LoRA", "A": "AIRA", "F": "full fine-tuning"}
+    lines = {letter: name for letter, name in shown.items() if name in results}
+    key = ", ".join(f"{letter} = {name}" for letter, name in lines.items())
+    chart(f"Loss by step, each at its best rate: {key}", {letter: losses(best(results[n])) for letter, n in lines.items()},
+          [str(EVERY * (i + 1)) for i in range(steps // EVERY)])
+    chart(f"Final loss by learning rate: {key}",
+          {letter: [losses(results[n][rate])[-1] for rate in rates] for letter, n in lines.items()},
+          [f"{rate:.2g}".center(8) for rate in rates])
+
+
+def report_sizes(results, smaller):
+    """Final losses with fewer parameters, at the rate that was best with all of them."""
+    print(f"\nFinal loss with fewer parameters, each method at its best rate above\n\n{'method':24}" +
+          "".join(f"  {f'rank {rank}':>15}" for rank in (RANK, RANK // 2, RANK // 4)))
+    for name, sizes in smaller.items():
+        cells = [best(results[name])] + list(sizes.values())
+        print(f"{name:24}" + "".join(f"  {spread([run['curve'][-1][0] for run in runs], 4):>15}" for runs in cells))
+
+
+def pyplot():
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit("--plot needs matplotlib: pip install matplotlib (or use --out FILE and draw from its JSON)")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot
+
+
+def picture(path, results):
+    """The curves and the rate sweep."""
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(12, 5))
+    for name, method in results.items():
+        curve = losses(best(method))
+        left.plot(range(EVERY, EVERY * len(curve) + 1, EVERY), curve, label=name)
+        right.plot(list(method), [losses(runs)[-1] for runs in method.values()], marker="o", label=name)
+    left.set(xlabel="step", ylabel="held-out loss", yscale="log", title="each at its own best rate")
+    right.set(xlabel="learning rate", ylabel="final held-out loss", xscale="log", yscale="log", title="rate sweep")
+    right.legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path)
 
 
 def main():
-    global STEPS
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=("gpt", "vit"), default="gpt", help="text or images")
     parser.add_argument("--full", action="store_true", help="all methods, six rates, five seeds")
     parser.add_argument("--seeds", type=int, help="how many; 1, with --full 5")
     parser.add_argument("--tiny", action="store_true", help="a few steps, to see that it runs")
-    parser.add_argument("--out", help="write everything measured to this JSON file")
+    parser.add_argument("--out", metavar="FILE", help="write everything measured as JSON")
+    parser.add_argument("--plot", metavar="FILE", help="draw curves and rate sweep, as .png or .pdf (needs matplotlib)")
     options = parser.parse_args()
+    if options.plot:
+        pyplot()  # rather fail now than after the runs
 
-    width, layers, before = (32, 2, 20) if options.tiny else (128, 4, 500)
-    if options.full and DEVICE == "cuda" and not options.tiny:
-        width, layers, before = 512, 8, 3000
-    STEPS = 10 if options.tiny else STEPS
-    methods = METHODS if options.full else {name: METHODS[name] for name in ("LoRA", "AIRA")}
-    rates = [0.001 * 30 ** (i / 5) for i in range(6)] if options.full else [0.005, 0.01, 0.02]
-    seeds = range(1, 1 + (options.seeds or (5 if options.full else 1)))
     started = time.monotonic()
-    machine = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"torch {torch.__version__} on {machine}")
-    print(f"GPT of width {width}, {layers} layers: Python sources, then C++ headers", flush=True)
-    base = pretrained(width, layers, before, Progress(before))
-    headers = read(Path(torch.__file__).parent / "include", "*.h", 8e6)
-    data, held_out = headers[: -len(headers) // 8], headers[-len(headers) // 8:]
-    held_out = sample(held_out, 16 if options.tiny else 32, torch.Generator().manual_seed(0))
-    examples = torch.Generator().manual_seed(1)
-    batches = [sample(data, BATCH, examples)[0] for _ in range(4)]
+    if WORLD > 1:
+        if DEVICE != "cpu":
+            torch.cuda.set_device(DEVICE)
+        dist.init_process_group("gloo" if DEVICE == "cpu" else "nccl")
+    if PLACE > 0:
+        sys.stdout = open(os.devnull, "w")  # one process reports
+    width, layers, before, steps = (32, 2, 20, 10) if options.tiny else (128, 4, 500 if options.model == "gpt" else 1500, 100)
+    if options.full and DEVICE != "cpu" and not options.tiny:
+        width, layers, before = 512, 8, 3000
+    batch = 16 if options.model == "gpt" else 32
+    machine = torch.cuda.get_device_name() if DEVICE != "cpu" else f"{os.cpu_count()} CPU cores"
+    print(f"torch {torch.__version__} on {machine}; {options.model} of width {width}, {layers} layers, rank {RANK}")
+    task = options.model, width, layers, before, batch
+    base, _, held_out, _ = prepare(*task)
     with torch.no_grad():
-        print(f"held-out loss before fine-tuning {loss_of(base, held_out):.4f}", flush=True)
+        print(f"held-out loss before fine-tuning {loss_of(base(held_out[0]), held_out[1]):.4f}", flush=True)
 
-    results, sizes, tick = {}, {}, Progress(len(methods) * len(rates) * len(seeds) * STEPS)
-    for name, apply in methods.items():
-        results[name] = {rate: [] for rate in rates}
-        for rate in rates:
-            for seed in seeds:
-                torch.manual_seed(seed)  # seeds LoRA's random start
-                model = copy.deepcopy(base)
-                apply(model, lambda: [model(x) for x in batches], RANK)
-                sizes[name] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-                results[name][rate].append(fit(model, data, rate, STEPS, BATCH, seed, EVERY, held_out, tick))
-        if options.out:
-            Path(options.out).write_text(json.dumps(
-                {"torch": torch.__version__, "machine": machine, "curves": results, "parameters": sizes}))
-    print()
-    if not options.full:
-        plot({name: mean_curve(runs[best_rate(runs)]) for name, runs in results.items()})
-    report(results, sizes, rates)
+    names = list(METHODS) if options.full else ["LoRA", "AIRA"]
+    rates = [round(0.001 * 30 ** (i / 5), 5) for i in range(6)] if options.full else [0.005, 0.01, 0.02]
+    seeds = range(1, 1 + (options.seeds or (5 if options.full else 1)))
+    results = {name: {rate: [] for rate in rates} for name in names}
+    runs = run_all([(task, name, rate, seed, RANK, steps, batch) for name in names for rate in rates for seed in seeds])
+    for one in runs:
+        results[one["method"]][one["rate"]].append(one)
+    report(results, steps)
+    if options.full:
+        rate = {name: best(results[name])[0]["rate"] for name in ("LoRA", best_lora(results), "AIRA")}
+        jobs = [(task, name, rate[name], seed, rank, steps, batch) for name in rate for rank in (RANK // 2, RANK // 4)
+                for seed in seeds]
+        smaller = {name: {} for name in rate}
+        for one in run_all(jobs):
+            smaller[one["method"]].setdefault(one["rank"], []).append(one)
+            runs.append(one)
+        report_sizes(results, smaller)
+    if options.out and PLACE == 0:
+        Path(options.out).write_text(json.dumps({"torch": torch.__version__, "machine": machine, "runs": runs}))
+    if options.plot and PLACE == 0:
+        picture(options.plot, results)
     print(f"\n{time.monotonic() - started:.0f} s in all")
+    if WORLD > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
