@@ -459,14 +459,6 @@ def _calibrate(model, layers, run, k):
                          "them out of targets (a generator runs nothing; nn.MultiheadAttention never calls out_proj)")
     return statistics
 
-def _importance(weight, seen, importance):
-    """theta of one layer, from its (out, in) weight and its Statistics."""
-    if importance == "outlier":
-        return outlier_score(weight, seen.rms)[0]
-    if importance == "fraction":
-        return outlier_score(weight, seen.rms, threshold=5.0)[1]
-    return seen.output_norm if importance == "activation" else 1.0
-
 def _build(layer, seen, rank, init, amplify):
     """The adapter of one layer, from its Statistics."""
     weight = _out_in(layer)
@@ -489,8 +481,12 @@ def _replace(model, swap):
             if id(child) in swap:
                 setattr(parent, key, swap[id(child)])
 
-def _whole(value, least):
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= least
+IMPORTANCE = {  # theta of a layer, from its (out, in) weight and its Statistics
+    "uniform": lambda weight, seen: float(sum(weight.shape)),  # its cost: then equal ranks are the optimum
+    "outlier": lambda weight, seen: outlier_score(weight, seen.rms)[0],
+    "fraction": lambda weight, seen: outlier_score(weight, seen.rms, threshold=5.0)[1],
+    "activation": lambda weight, seen: seen.output_norm}
+ALLOCATE = {"knapsack": knapsack_ranks, "greedy": greedy_ranks}
 
 def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="subspace", importance="uniform",
                allocate="knapsack", min_rank=1, max_rank=None, also_train=(), amplify=0.35, directions=32):
@@ -515,23 +511,18 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="subspace", 
     """
     targets = (targets,) if isinstance(targets, str) else targets
     also_train = (also_train,) if isinstance(also_train, str) else also_train
-    for name, value, good, need in (
-            ("rank", rank, _whole(rank, 1), "a whole number >= 1"),
-            ("min_rank", min_rank, _whole(min_rank, 1), "a whole number >= 1"),
-            ("max_rank", max_rank, max_rank is None or _whole(max_rank, 1), "None or a whole number >= 1"),
-            ("directions", directions, _whole(directions, 1), "a whole number >= 1"),
-            ("amplify", amplify, isinstance(amplify, (int, float)) and 0 <= amplify <= 1, "a number in 0 .. 1"),
-            ("init", init, init in ("subspace", "svd"), "'subspace' or 'svd'"),
-            ("importance", importance, importance in ("outlier", "fraction", "activation", "uniform"),
-             "'outlier', 'fraction', 'activation' or 'uniform'"),
-            ("allocate", allocate, allocate in ("knapsack", "greedy"), "'knapsack' or 'greedy'"),
-            ("calibrate", type(calibrate), calibrate is None or callable(calibrate),
-             "callable, as lambda: [model(x) for x in batches]")):
-        if not good:
-            raise ValueError(f"{name}={value!r} must be {need}")
-    max_rank = 4 * rank if max_rank is None else max_rank
-    if min_rank > max_rank or (importance == "uniform" and min_rank > rank):
-        raise ValueError(f"min_rank={min_rank} must be at most max_rank={max_rank}, and rank={rank} for equal ranks")
+    for name, value, least in (("rank", rank, 1), ("min_rank", min_rank, 1), ("directions", directions, 1),
+                               ("max_rank", min_rank if max_rank is None else max_rank, min_rank)):
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name}={value!r} must be a whole number >= {least}")
+    for name, value, known in (("init", init, ("subspace", "svd")), ("importance", importance, tuple(IMPORTANCE)),
+                               ("allocate", allocate, tuple(ALLOCATE))):
+        if value not in known:
+            raise ValueError(f"{name}={value!r} must be one of {known}")
+    if not (isinstance(amplify, (int, float)) and 0 <= amplify <= 1):
+        raise ValueError(f"amplify={amplify!r} must be a number in 0 .. 1")
+    if not (calibrate is None or callable(calibrate)):
+        raise ValueError(f"calibrate is a {type(calibrate)}, and must be callable, as lambda: [model(x) for x in batches]")
     trained = [name for name, _ in model.named_modules() if any(_matches(name, wanted) for wanted in also_train)]
     missed = [wanted for wanted in also_train if not any(_matches(name, wanted) for name in trained)]
     if missed:
@@ -544,13 +535,10 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="subspace", 
     statistics = _calibrate(model, layers, calibrate, directions)
 
     weights = {name: _out_in(layer) for name, layer in layers.items()}
-    scores = [_importance(weight, statistics[name], importance) for name, weight in weights.items()]
+    scores = [IMPORTANCE[importance](weight, statistics[name]) for name, weight in weights.items()]
     costs = [sum(weight.shape) for weight in weights.values()]
-    budget, most = rank * sum(costs), [min(*weight.shape, max_rank) for weight in weights.values()]
-    if importance == "uniform":
-        ranks = [min(rank, m) for m in most]
-    else:
-        ranks = {"knapsack": knapsack_ranks, "greedy": greedy_ranks}[allocate](scores, costs, budget, min_rank, most)
+    budget, max_rank = rank * sum(costs), 4 * rank if max_rank is None else max_rank
+    ranks = ALLOCATE[allocate](scores, costs, budget, min_rank, [min(*w.shape, max_rank) for w in weights.values()])
 
     swap, rows = {}, []
     for (name, layer), score, cost, r in zip(layers.items(), scores, costs, ranks):

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: MIT
 """Fine-tune a small transformer with LoRA and with AIRA, on data that every machine with torch and numpy has.
 
-    python train_toy.py                     # LoRA and AIRA, three learning rates each; CPU or GPU, nothing is downloaded
-    python train_toy.py --full              # every method and ablation, six learning rates, five seeds: README's tables
-    python train_toy.py --model vit         # images instead of text; goes with every other option
-    python train_toy.py --tiny              # seconds, to see that it runs
-    torchrun --nproc-per-node=2 train_toy.py        # the same, data-parallel
+    python train_toy.py                 # LoRA and AIRA, three learning rates each; CPU or GPU, no downloads
+    python train_toy.py --full          # all methods and ablations, six learning rates, five seeds: README's tables
+    python train_toy.py --model vit     # images instead of text; goes with all other options
+    python train_toy.py --tiny          # seconds, to see that it runs
+    python train_toy.py --bench         # speed and memory against Hugging Face PEFT
+    torchrun --nproc-per-node=2 train_toy.py        # data-parallel, with the same results
 
 gpt: a byte-level GPT learns Python's standard library, then moves to the C++ headers inside the torch package.
 vit: a ViT learns to tell 64 glyphs of straight strokes apart, then 32 glyphs of curved strokes from 16 images each.
-The pretrained model is cached in .cache/.  All methods get the same data in the same order, steps, schedule (10 %
-warm-up, cosine to 10 %), AdamW without weight decay, and clipping at norm 1; LoRA and AIRA train equally many parameters.
+The pretrained model is kept in .cache/.  All methods get the same data in the same order, steps, schedule (10 %
+warm-up, cosine to 10 %), AdamW without weight decay, and clipping at norm 1; LoRA and AIRA train equally many
+parameters.
 """
 import argparse
 import copy
@@ -32,7 +34,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from aira import AiraLinear, apply_aira, outlier_weighted_svd
+from aira import AiraLinear, apply_aira, merge_aira, outlier_weighted_svd
 
 HERE = Path(__file__).resolve().parent
 WORLD, PLACE = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))  # of torchrun's processes
@@ -137,7 +139,7 @@ def loss_of(logits, y):
 
 
 def fit(model, draw, rate, steps, batch, seed, held_out=None):
-    """Train what requires a gradient -> the curve, [(held-out loss, accuracy)] every EVERY steps, and seconds a step."""
+    """Train what requires a gradient -> [(held-out loss, accuracy)] every EVERY steps, and the seconds of a step."""
     generator = torch.Generator().manual_seed(seed)  # seeds the order of the data
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, rate, weight_decay=0.0)
@@ -360,9 +362,9 @@ def report(results, steps):
     unit = statistics.median(run["step_seconds"] for run in best(results["LoRA"]))
     print(f"\nEach method at its own best rate, mean +- deviation over {len(best(results['LoRA']))} seeds.  Steps, of "
           f"{steps}, to LoRA's final loss {goal:.4f}")
-    print(f"(and to that of the best LoRA here, {scaled}, {tuned:.4f}); time of a step, LoRA's = 1; seconds of set-up.\n")
-    print(f"{'method':24} {'trained':>8} {'rate':>6}  {'steps':>18}  {'(best LoRA)':>18}  {'final loss':>15}  accuracy  time"
-          "  set-up")
+    print(f"(and to that of the best LoRA, {scaled}, {tuned:.4f}); a step's time, LoRA's = 1; seconds of set-up.\n")
+    print(f"{'method':24} {'trained':>8} {'rate':>6}  {'steps':>18}  {'(best LoRA)':>18}  {'final loss':>15}  "
+          "accuracy  time  set-up")
     for name, method in results.items():
         runs = best(method)
         curves = [[loss for loss, _ in run["curve"]] for run in runs]
@@ -388,7 +390,8 @@ def report(results, steps):
     shown = {"L": "LoRA", "A": "AIRA", "F": "full fine-tuning"}
     lines = {letter: name for letter, name in shown.items() if name in results}
     key = ", ".join(f"{letter} = {name}" for letter, name in lines.items())
-    chart(f"Loss by step, each at its best rate: {key}", {letter: losses(best(results[n])) for letter, n in lines.items()},
+    chart(f"Loss by step, each at its best rate: {key}",
+          {letter: losses(best(results[n])) for letter, n in lines.items()},
           [str(EVERY * (i + 1)) for i in range(steps // EVERY)])
     chart(f"Final loss by learning rate: {key}",
           {letter: [losses(results[n][rate])[-1] for rate in rates] for letter, n in lines.items()},
@@ -428,14 +431,121 @@ def picture(path, results):
     figure.savefig(path)
 
 
+# ---- Against Hugging Face PEFT -------------------------------------------------------------------------------------
+
+
+def timed(function):
+    """Seconds that a call takes."""
+    if DEVICE != "cpu":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if DEVICE != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def medians(clocks, repeats):
+    """Of functions that return seconds, called in turn, the median of each, after one round to warm up."""
+    seconds = {name: [] for name in clocks}
+    for _ in range(repeats + 1):
+        for name, clock in clocks.items():
+            seconds[name].append(clock())
+    return {name: statistics.median(rounds[1:]) for name, rounds in seconds.items()}
+
+
+def memory(step, model):
+    """Bytes that a step holds: the peak on a GPU; on a CPU the parameters, their gradients and Adam's two moments, and
+    what the forward pass keeps for the backward pass."""
+    if DEVICE != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before + sum(p.nbytes for p in model.parameters())
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        step()
+    kept.update({p.untyped_storage().data_ptr(): p.nbytes for p in model.parameters()})
+    return sum(kept.values()) + 3 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
+
+
+def bench(width, layers, tokens, repeats):
+    """Speed and memory as ratios to Hugging Face PEFT's, on the same model, shapes and dtype, in one process."""
+    try:
+        import peft
+    except ImportError:
+        sys.exit("--bench needs peft: pip install peft")
+    torch.manual_seed(0)
+    base = Transformer(nn.Linear(64, width), tokens, 64, width, layers, causal=False).to(DEVICE)
+    x, y = torch.randn(4, tokens, 64, device=DEVICE), torch.randint(64, (4,), device=DEVICE)
+    print(f"4 x {tokens} tokens; AIRA / PEFT, medians of {repeats} interleaved rounds")
+
+    def with_peft(model, init):
+        options = {"r": RANK, "lora_alpha": RANK, "target_modules": list(LAYERS), "init_lora_weights": init}
+        return peft.get_peft_model(model, peft.LoraConfig(**options))
+
+    def with_aira(model, **options):
+        apply_aira(model, lambda: model(x), rank=RANK, targets=LAYERS, **options)
+        return model
+
+    def forward(model):
+        with torch.no_grad():
+            model(x)
+
+    def step(model, optimizer):
+        optimizer.zero_grad()
+        loss_of(model(x), y).backward()
+        optimizer.step()
+
+    models = {"PEFT": with_peft(copy.deepcopy(base), True), "equal ranks": with_aira(copy.deepcopy(base)),
+              "ranks by outliers": with_aira(copy.deepcopy(base), importance="outlier")}
+    steps = {name: functools.partial(step, model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]))
+             for name, model in models.items()}
+    seconds = medians({name: functools.partial(timed, one) for name, one in steps.items()}, repeats)
+    held = {name: memory(one, models[name]) for name, one in steps.items()}
+    for name in list(models)[1:]:
+        print(f"training step, {name}: time {seconds[name] / seconds['PEFT']:.3f}, "
+              f"memory {held[name] / held['PEFT']:.3f}")
+
+    calibration = []
+
+    def set_up():
+        model = copy.deepcopy(base)
+        total = timed(lambda: apply_aira(model, lambda: calibration.append(timed(lambda: model(x))), rank=RANK,
+                                         targets=LAYERS))
+        return total - calibration[-1]
+
+    def pissa(init):
+        model = copy.deepcopy(base)
+        return timed(lambda: with_peft(model, init))
+
+    starts = {init: functools.partial(pissa, init) for init in ("pissa", "pissa_niter_4")}
+    seconds = medians({"aira": set_up, "forward": lambda: timed(lambda: forward(base)), **starts}, repeats)
+    for init in starts:
+        print(f"apply_aira without calibration / {init}: {seconds['aira'] / seconds[init]:.3f}")
+    print(f"calibration / forward pass: {statistics.median(calibration[1:]) / seconds['forward']:.3f}")
+    merged = models["equal ranks"]
+    merge_aira(merged)
+    seconds = medians({"base": lambda: timed(lambda: forward(base)), "merged": lambda: timed(lambda: forward(merged))},
+                      3 * repeats)
+    print(f"forward pass, merged / base: {seconds['merged'] / seconds['base']:.3f}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=("gpt", "vit"), default="gpt", help="text or images")
     parser.add_argument("--full", action="store_true", help="all methods, six rates, five seeds")
     parser.add_argument("--seeds", type=int, help="how many; 1, with --full 5")
     parser.add_argument("--tiny", action="store_true", help="a few steps, to see that it runs")
+    parser.add_argument("--width", type=int, help="of the model, a multiple of 32; 128, with --full on a GPU 512")
     parser.add_argument("--out", metavar="FILE", help="write everything measured as JSON")
     parser.add_argument("--plot", metavar="FILE", help="draw curves and rate sweep, as .png or .pdf (needs matplotlib)")
+    parser.add_argument("--bench", action="store_true", help="only time against Hugging Face PEFT (needs peft)")
     options = parser.parse_args()
     if options.plot:
         pyplot()  # rather fail now than after the runs
@@ -447,12 +557,19 @@ def main():
         dist.init_process_group("gloo" if DEVICE == "cpu" else "nccl")
     if PLACE > 0:
         sys.stdout = open(os.devnull, "w")  # one process reports
-    width, layers, before, steps = (32, 2, 20, 10) if options.tiny else (128, 4, 500 if options.model == "gpt" else 1500, 100)
+    width, layers, before, steps = 128, 4, 500 if options.model == "gpt" else 1500, 100
+    if options.tiny:
+        width, layers, before, steps = 32, 2, 20, 10
     if options.full and DEVICE != "cpu" and not options.tiny:
         width, layers, before = 512, 8, 3000
+    if options.bench and not options.tiny:
+        width, layers = (768, 12) if DEVICE == "cpu" else (4096, 4)
+    width = options.width or width
     batch = 16 if options.model == "gpt" else 32
     machine = torch.cuda.get_device_name() if DEVICE != "cpu" else f"{os.cpu_count()} CPU cores"
     print(f"torch {torch.__version__} on {machine}; {options.model} of width {width}, {layers} layers, rank {RANK}")
+    if options.bench:
+        return bench(width, layers, tokens=16 if options.tiny else 128, repeats=3 if options.tiny else 9)
     task = options.model, width, layers, before, batch
     base, _, held_out, _ = prepare(*task)
     with torch.no_grad():
