@@ -120,19 +120,20 @@ def outlier_weighted_svd(weight, channel_rms, rank):
     dtype = torch.promote_types(weight.dtype, torch.float32)  # half precision has no SVD
     rms = channel_rms.to(dtype)
     rms = rms.clamp_min(1e-4 * rms.mean()) if rms.any() else torch.ones_like(rms)
-    U, s, Vt = _top_svd(weight.detach().to(dtype) * rms, rank)
+    U, s, Vt = _top_svd(weight.detach().to(dtype) * rms, rank, niter=8)  # within 1e-3 of the optimal error
     # A zero row of A could never train where B is zero too: so A's share of s has a floor, and B takes the rest of it.
     root = s.sqrt().clamp_min(1e-4 * s[0].sqrt()) if s[0] > 0 else torch.ones_like(s)
     return U * (s / root), root[:, None] * Vt / rms
 
-def _top_svd(matrix, rank):
-    """U (out, r), s (r,), V^T (r, in) of the r largest singular values; the caller's random state stays as it is."""
+def _top_svd(matrix, rank, niter):
+    """U (out, r), s (r,), V^T (r, in) of the r largest singular values: exact where a side is small, else by `niter`
+    rounds of a randomised iteration, seeded; the caller's random state stays as it is."""
     if min(matrix.shape) <= max(256, 4 * rank):
         U, s, Vt = torch.linalg.svd(matrix, full_matrices=False)
         return U[:, :rank], s[:rank], Vt[:rank]
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(0)
-        U, s, V = torch.svd_lowrank(matrix, q=2 * rank, niter=8)  # within 1e-3 of the optimal error
+        U, s, V = torch.svd_lowrank(matrix, q=2 * rank, niter=niter)
     return U[:, :rank], s[:rank], V[:, :rank].T
 
 # ---- 3. Ranks ------------------------------------------------------------------------------------------------------
@@ -471,7 +472,7 @@ def _build(layer, seen, rank, init, amplify):
     # Departure: A0 comes from the SVD in G's coordinates,  W G^-1 = U diag(s) V^T ,  A0 = 2 V_r^T G ,  and B0 = 0.  As
     # S does by channel, G^-1 ~ C^p weights the directions of the inputs by their loudness.
     inverse = 1 / gain, directions, 1 / (gain + stretch) - 1 / gain
-    A = 2 * _top_svd(times_gain(weight, *inverse), rank)[2]
+    A = 2 * _top_svd(times_gain(weight, *inverse), rank, niter=4)[2]
     return AiraLinear(layer, times_gain(A, gain, directions, stretch), None, gain, directions, stretch)
 
 def _replace(model, swap):
@@ -499,7 +500,7 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="subspace", 
                  output head, those in also_train, tied weights, and out_proj of nn.MultiheadAttention
     init         "svd": the paper's start, both factors from the weighted SVD; it runs at twice an adapter's time.
                  "subspace": B zero, and A from the SVD in the coordinates of the gain; it converged faster (README)
-    importance   "outlier" (mass), "fraction" (OWL's, threshold 5), "activation" (mean ||y||), "uniform" (equal ranks)
+    importance   "uniform" (equal ranks), "outlier" (mass), "fraction" (OWL's, threshold 5), "activation" (mean ||y||)
     allocate     "knapsack" (exact) or "greedy"
     min_rank, max_rank      bounds on every layer's rank; max_rank=None is 4 * rank
     also_train   names of modules or their endings that are trained in full and saved along: a new head, norms
@@ -522,7 +523,7 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="subspace", 
     if not (isinstance(amplify, (int, float)) and 0 <= amplify <= 1):
         raise ValueError(f"amplify={amplify!r} must be a number in 0 .. 1")
     if not (calibrate is None or callable(calibrate)):
-        raise ValueError(f"calibrate is a {type(calibrate)}, and must be callable, as lambda: [model(x) for x in batches]")
+        raise ValueError(f"calibrate is a {type(calibrate)} and must be callable, as lambda: [model(x) for x in data]")
     trained = [name for name, _ in model.named_modules() if any(_matches(name, wanted) for wanted in also_train)]
     missed = [wanted for wanted in also_train if not any(_matches(name, wanted) for name in trained)]
     if missed:

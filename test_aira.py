@@ -27,6 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import aira
+import train_toy
 from aira import (AiraLinear, Statistics, aira_off, aira_state_dict, apply_aira, greedy_ranks, input_gain,
                   knapsack_ranks, load_aira, merge_aira, outlier_score, outlier_weighted_svd, principal_directions,
                   remove_aira, save_peft)
@@ -522,6 +523,14 @@ def test_report_prints_a_table_and_keeps_the_budget():
     assert len(head) == len(up) == len(total)
 
 
+def test_equal_ranks_by_default_and_what_small_layers_leave_goes_to_the_others():
+    model, x = nn.Sequential(nn.Linear(10, 24), nn.Linear(24, 10), nn.Linear(10, 3)), inputs(dtype=torch.float32)
+    assert [row.rank for row in apply_aira(model, lambda: model(x), rank=3).rows] == [3, 3, 3]
+    remove_aira(model)
+    ranks = [row.rank for row in apply_aira(model, lambda: model(x), rank=9).rows]
+    assert ranks == [10, 10, 3]  # at most the smaller side
+
+
 @pytest.mark.parametrize("allocate", [greedy_ranks, knapsack_ranks])
 @pytest.mark.parametrize("importance", ["outlier", "fraction", "activation", "uniform"])
 def test_scores_and_ranks_follow_the_chosen_importance_within_bounds(importance, allocate):
@@ -980,6 +989,27 @@ def test_toy_on_two_processes_gives_the_losses_of_one(tmp_path):
     for alone, together in zip(one, two):
         assert (alone["method"], alone["rate"]) == (together["method"], together["rate"])
         np.testing.assert_allclose(np.array(alone["curve"])[:, 0], np.array(together["curve"])[:, 0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("package, call", [("matplotlib", lambda toy: toy.pyplot()),
+                                           ("peft", lambda toy: toy.bench(32, 1, 4, 1))])
+def test_toy_says_which_optional_package_is_missing(package, call, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    with pytest.raises(SystemExit, match=f"needs {package}: pip install {package}"):
+        call(train_toy)
+
+
+def test_toy_steps_to_a_loss_lie_on_straight_lines_between_the_points():
+    every = train_toy.EVERY
+    assert train_toy.steps_to([3.0, 2.0, 1.0], 1.5) == 2.5 * every
+    assert train_toy.steps_to([3.0, 2.0], 3.5) == every and train_toy.steps_to([3.0, 2.0], 1.0) is None
+
+
+def test_toy_draws_a_picture_with_matplotlib(tmp_path):
+    pytest.importorskip("matplotlib")
+    runs = [{"curve": [(3.0, 0.1), (2.0, 0.2)]}]
+    train_toy.picture(tmp_path / "x.png", {"LoRA": {0.01: runs, 0.02: runs}, "AIRA": {0.01: runs, 0.02: runs}})
+    assert (tmp_path / "x.png").read_bytes()[1:4] == b"PNG"
 
 
 # ==== Real models and tools; each test skips where its package is not installed =====================================
