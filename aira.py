@@ -7,7 +7,7 @@ decide.  The parts of this file, the first four in the paper's order:
 
     1  statistics     how loud each input channel is, and in which directions the inputs lie
     2  start          an SVD of W, weighted by its inputs, gives the first factors
-    3  ranks          each layer gets its own rank, within the parameter budget of plain LoRA
+    3  ranks          which layer gets how much of plain LoRA's parameter budget (by default all the same rank)
     4  AiraLinear     training amplifies updates, in directions that the activations choose
     5  apply_aira     puts it together, in place
     6  merge, remove, save, load, export
@@ -26,7 +26,6 @@ AIRA: ICCV 2025, github.com/lliai/LoRA-Zoo.  LoRA: arXiv 2106.09685.  Outlier sc
 Activation-weighted SVD, ASVD: arXiv 2312.05821.  SVD start, PiSSA: arXiv 2404.02948.
 """
 import contextlib
-import heapq
 import json
 import math
 import os
@@ -45,8 +44,9 @@ import torch.nn.functional as F
 # One pass over the calibration batches.  Of a layer's inputs x_1 .. x_N (its "tokens") we keep running sums only:
 #
 #     rms_j = sqrt(mean_n x_nj^2)          loudness of input channel j                                   (in,)
-#     C Omega,  C = mean_n x_n x_n^T       their second moment, seen through a random narrow Omega       (in, k + 16)
-#     mean_n ||y_n||_2                     the output's size, by which the released code ranks layers    a number
+#     C Omega,  C = mean_n x_n x_n^T       their second moment, seen through a random narrow Omega: enough to find
+#                                          the k directions in which the inputs are loudest              (in, k + 16)
+#     mean_n ||y_n||_2                     the output's size, the released code's default importance     a number
 
 class Statistics:
     """Sums over one layer's tokens: O(k in) numbers, in float32, however many tokens pass."""
@@ -92,9 +92,9 @@ def principal_directions(sketch, omega, k):
 
     sketch = Y, omega (in, q), q >= k -> directions (in, k), orthonormal, eigenvalues (k,), falling.  Exact if q = in.
     """
-    omega = omega.double()
-    shift = 1e-7 * sketch.double().norm() + 1e-30
-    Y = sketch.double() + shift * omega  # that of C + shift I, which rounding cannot make indefinite
+    omega, sketch = omega.double(), sketch.double()
+    shift = 1e-7 * sketch.norm() + 1e-30
+    Y = sketch + shift * omega  # that of C + shift I, so that float32's rounding does not make it indefinite
     v, V = torch.linalg.eigh((omega.T @ Y + Y.T @ omega) / 2)
     U, s, _ = torch.linalg.svd(Y @ V * v.clamp_min(shift).rsqrt(), full_matrices=False)
     return U[:, :k], (s[:k].square() - shift).clamp_min(0)
@@ -149,7 +149,7 @@ def outlier_score(weight, channel_rms, threshold=2.0):
     `threshold` times the mean.  weight (out, in), channel_rms (in,) -> (mass, fraction): the sum of the outliers'
     significance, in units of activation, and their share of the entries, 0 .. 1.
 
-    Departure: OWL and the released code use the fraction, at threshold 5.  It is blind to a layer's size and scale.
+    Departure: OWL uses the fraction, at threshold 5.  It is blind to a layer's size and scale.
     """
     significance = weight.detach().float().abs() * channel_rms.float()
     outliers = significance[significance > threshold * significance.mean()]
@@ -178,20 +178,13 @@ def greedy_ranks(importance, costs, budget, min_rank, max_ranks):
     of ints.  Optimal if all costs are equal.  ValueError for a budget below min_rank everywhere.
     """
     ranks, theta, left = _least_ranks(importance, costs, budget, min_rank, max_ranks)
-    heap = []
-
-    def offer(l):
-        if ranks[l] < max_ranks[l]:
-            heapq.heappush(heap, (-theta[l] * math.log1p(1 / ranks[l]) / costs[l], l))
-
-    for l in range(len(ranks)):
-        offer(l)
-    while heap:
-        l = heapq.heappop(heap)[1]
+    layer = np.repeat(np.arange(len(ranks)), np.subtract(max_ranks, ranks))  # of every unit that could be bought
+    r = np.concatenate([np.arange(*bounds) for bounds in zip(ranks, max_ranks)])
+    density = theta[layer] * np.log1p(1 / r) / np.array(costs, dtype=float)[layer]
+    for l in layer[np.argsort(-density, kind="stable")].tolist():
         if costs[l] <= left:  # else the layer is done, for `left` only shrinks
             ranks[l] += 1
             left -= costs[l]
-            offer(l)
     return ranks
 
 def knapsack_ranks(importance, costs, budget, min_rank, max_ranks):
@@ -208,9 +201,8 @@ def knapsack_ranks(importance, costs, budget, min_rank, max_ranks):
     """
     ranks, theta, left = _least_ranks(importance, costs, budget, min_rank, max_ranks)
     greedy = greedy_ranks(importance, costs, budget, min_rank, max_ranks)
-    growing = [l for l, r in enumerate(greedy) if r < max_ranks[l]]
-    # the best gain a parameter that greedy left: a good price
-    price = max((theta[l] * math.log1p(1 / greedy[l]) / costs[l] for l in growing), default=0.0)
+    # the best gain per parameter that greedy had to leave: a good price
+    price = max((theta[l] * math.log1p(1 / r) / costs[l] for l, r in enumerate(greedy) if r < max_ranks[l]), default=0)
     classes, gap = [], price * left - theta @ np.log(np.divide(greedy, ranks))
     for cost in sorted(set(costs)):
         gains = sorted(((theta[l] * math.log1p(1 / r), l) for l in range(len(ranks)) if costs[l] == cost
@@ -219,6 +211,8 @@ def knapsack_ranks(importance, costs, budget, min_rank, max_ranks):
         net = value - price * cost * np.arange(len(value))
         classes.append((cost, [l for _, l in gains], value, net.max() - net))
         gap += net.max()
+    if gap <= 1e-13 * theta.sum():  # greedy has reached the bound, as it does for equal ranks
+        return greedy
     gap += 1e-9 * theta.sum()  # rounding
 
     spent, worth, short, trail = np.zeros(1, dtype=np.int64), np.zeros(1), np.zeros(1), []
@@ -249,11 +243,14 @@ def knapsack_ranks(importance, costs, budget, min_rank, max_ranks):
 # -lr sign(grad(lora_A)) G: where G stretches a direction, its updates are amplified, under Adam too.
 #
 # Which G?  A few directions carry nearly all the energy of the inputs; they drown the others in A x, and in grad(A).
-# G = C^-p, with C = mean x x^T = Q diag(lambda) Q^T, lets the others be heard.  The k loudest directions are kept and
-# the rest count as one average, G = c I + Q_k diag(d) Q_k^T: k * in numbers, and never a matrix.
+# G = C^-p, with C = mean x x^T = Q diag(lambda) Q^T, lets the others be heard.  (A little is added to lambda first, or
+# the quietest directions would take over.)  The k loudest directions are kept and the rest count as one average,
+# G = c I + Q_k diag(d) Q_k^T: k * in numbers, and never a matrix.
 #
-# How large?  A0 = 2 V^T G with |G x|^2 = in / 12 on average, so that A0 x starts about as large as in a LoRA layer
-# whose inputs have unit RMS, whatever the layer's own inputs have: one learning rate then fits all layers.
+# How large?  LoRA draws A with variance 1 / (3 in), so |A_i x|^2 is about 1 / 3 where the inputs have unit RMS.  We
+# scale G so that |G x|^2 = in / 12 on average, whatever the inputs' RMS, and start from orthogonal rows of length 2,
+# A0 = 2 V^T G: the same 1 / 3, on average over directions, and one learning rate for all layers.  Rows of length 1 and
+# twice the G would start alike and step twice as far, which diverged at high learning rates.
 #
 # Departure: this amplifies quiet directions, where the abstract speaks of significant weights: amplifying loud inputs
 # with a diagonal G slowed convergence in a prototype.  And the released code multiplies the adapter's output by a gate
@@ -277,11 +274,12 @@ def input_gain(total, directions, eigenvalues, power, damping=0.1):
 TENSORS = ("lora_A", "lora_B", "start_A", "start_B", "gain", "directions", "stretch")  # of an AiraLinear
 
 class AiraLinear(nn.Module):
-    """A frozen linear layer and its low-rank difference,  y = base(x) + B A x - B0 A0 x.
+    """A frozen linear layer and its low-rank difference,  y = base(x) + B A x - B0 A0 x.  (Departure: the released code
+    does not take B0 A0 off, so its output jumps at the start.)
 
     base                nn.Linear or Conv1D, frozen; its weight is never touched
     lora_A, lora_B      (r, in), (out, r), trainable, zero at the start:  A = A0 + lora_A G ,  B = B0 + lora_B
-    start_A, start_B    A0 and B0, frozen; start_B is None where B0 = 0, and this is exactly a LoRA layer
+    start_A, start_B    A0 and B0, frozen; start_B is None where B0 = 0, and this computes just what a LoRA layer does
     gain, directions, stretch       G, frozen, as input_gain returns it
 
     Training differences keeps the output at the start the base model's bit for bit in any dtype, and weight decay off
@@ -313,12 +311,12 @@ class AiraLinear(nn.Module):
             return self.lora_B, self.start_A + moved
         return torch.cat([self.start_B + self.lora_B, self.lora_B], 1), torch.cat([moved, self.start_A])
 
-    def forward(self, x):
-        y = self.base(x)
+    def forward(self, input):  # the name that nn.Linear gives it
+        y = self.base(input)
         if not self.enabled:
             return y
         B, A = self.factors()  # the product B A would be (out, in), and is never formed here
-        return y + F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
+        return y + F.linear(F.linear(input, A.to(input.dtype)), B.to(input.dtype))
 
     def delta(self):
         """dW (out, in)."""
@@ -433,17 +431,16 @@ def _find_layers(model, targets, also_train):
 def _calibrate(model, layers, run, k):
     """Run the user's batches, in eval mode and without gradients, and gather {name: Statistics}; without batches
     (None) as if the inputs were white, C = I."""
-    statistics, hooks = {}, []
-    modes = [(module, module.training) for module in model.modules()]
+    statistics = {name: Statistics(_out_in(layer).shape[1], k, layer.weight.device) for name, layer in layers.items()}
+    if run is None:
+        for name, seen in statistics.items():
+            seen.tokens, seen.rms, seen.sketch = 0, seen.squares + 1, seen.omega
+            seen.output_norm = float(layers[name].weight.detach().float().norm())
+        return statistics
+    hooks, modes = [], [(module, module.training) for module in model.modules()]
     try:
         for name, layer in layers.items():
-            seen = statistics[name] = Statistics(_out_in(layer).shape[1], k, layer.weight.device)
-            if run is None:
-                seen.rms, seen.sketch = seen.squares + 1, seen.omega
-                seen.output_norm = float(layer.weight.detach().float().norm())
-            hooks.append(layer.register_forward_hook(seen.hook, with_kwargs=True))
-        if run is None:
-            return statistics
+            hooks.append(layer.register_forward_hook(statistics[name].hook, with_kwargs=True))
         model.eval()
         with torch.no_grad(), torch.random.fork_rng(range(torch.cuda.device_count())):
             run()
@@ -482,8 +479,10 @@ def _replace(model, swap):
             if id(child) in swap:
                 setattr(parent, key, swap[id(child)])
 
+# Departure: the default is equal ranks.  Of the rules here they ended lowest on train_toy.py's GPT, and no rule stood
+# out on its ViT (README).
 IMPORTANCE = {  # theta of a layer, from its (out, in) weight and its Statistics
-    "uniform": lambda weight, seen: float(sum(weight.shape)),  # its cost: then equal ranks are the optimum
+    "uniform": lambda weight, seen: float(sum(weight.shape)),  # its cost: a unit's worth per parameter is then 1 / r
     "outlier": lambda weight, seen: outlier_score(weight, seen.rms)[0],
     "fraction": lambda weight, seen: outlier_score(weight, seen.rms, threshold=5.0)[1],
     "activation": lambda weight, seen: seen.output_norm}
@@ -504,7 +503,7 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="subspace", 
     allocate     "knapsack" (exact) or "greedy"
     min_rank, max_rank      bounds on every layer's rank; max_rank=None is 4 * rank
     also_train   names of modules or their endings that are trained in full and saved along: a new head, norms
-    amplify      power p of the gain G = C^-p; 0 turns amplification off
+    amplify      power p of the gain G ~ C^-p; 0 turns amplification off, and G just scales inputs to unit size
     directions   k, the number of principal directions that G tells apart
 
     Call it before the optimizer is built and before torch.compile, DDP or fully_shard; under torch.distributed on all
@@ -531,8 +530,7 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="subspace", 
 
     layers, skipped = _find_layers(model, targets, trained)
     if calibrate is None:
-        warnings.warn("apply_aira without calibrate: all channels weigh the same, ranks follow the weights alone, and "
-                      "nothing is amplified", stacklevel=2)
+        warnings.warn("apply_aira without calibrate: all channels weigh the same, nothing is amplified", stacklevel=2)
     statistics = _calibrate(model, layers, calibrate, directions)
 
     weights = {name: _out_in(layer) for name, layer in layers.items()}
@@ -563,11 +561,16 @@ def _attach(model, swap, also_train):
 
 def _adapted(model):
     """The module that apply_aira was called on (DDP and torch.compile wrap it), and its {name: AiraLinear}."""
-    for module in model.modules():
-        if "_aira" in module.__dict__:
-            return module, {name: layer for name, layer in module.named_modules() if isinstance(layer, AiraLinear)}
-    raise ValueError(f"this {type(model).__name__} has no AIRA adapters: call apply_aira or load_aira first "
-                     "(merged or removed already? save before merging)")
+    roots = [module for module in model.modules() if "_aira" in module.__dict__]
+    if len(roots) > 1:
+        raise ValueError(f"this {type(model).__name__} holds {len(roots)} models with adapters of their own: call this "
+                         f"on each, or apply_aira once on the whole")
+    if not roots:
+        raise ValueError(f"this {type(model).__name__} has no AIRA adapters: call apply_aira or load_aira first "
+                         "(merged or removed already? save before merging)")
+    # names as in state_dict, from which activation checkpointing's wrapper takes itself out
+    return roots[0], {name.replace("._checkpoint_wrapped_module", ""): layer
+                      for name, layer in roots[0].named_modules() if isinstance(layer, AiraLinear)}
 
 def remove_aira(model):
     """Take the adapters off and give back exactly the model that went in (also_train keeps what it learned)."""
@@ -627,11 +630,12 @@ def load_aira(model, state):
     state = dict(state)
     count = int(state.pop("aira.tensors"))
     modules, own, parts = dict(model.named_modules()), model.state_dict(), {}
-    for key in state.keys() - own.keys():
+    full = state.keys() & own.keys()  # of also_train
+    for key in state.keys() - full:
         name, _, tensor = key.rpartition(".")
         if tensor in TENSORS and is_linear(modules.get(name)):
             parts.setdefault(name, {})[tensor] = state[key]
-    want = {key: tuple(own[key].shape) for key in state.keys() & own.keys()}
+    want = {key: tuple(own[key].shape) for key in full}
     for name, part in parts.items():
         _check_weight(name, modules[name])
         out_features, in_features = _out_in(modules[name]).shape
@@ -648,8 +652,8 @@ def load_aira(model, state):
     if problems:
         raise ValueError(f"the state does not fit this model ({len(problems)} faults): {'; '.join(problems[:5])}")
     swap = {id(modules[name]): AiraLinear(modules[name], **{"start_B": None, **part}) for name, part in parts.items()}
-    also_train = sorted({key.rpartition(".")[0] for key in state.keys() & own.keys()})
-    for key in state.keys() & own.keys():
+    also_train = sorted({key.rpartition(".")[0] for key in full})
+    for key in full:
         own[key].copy_(state[key])
     _attach(model, swap, also_train)
 
@@ -680,14 +684,11 @@ def save_peft(model, directory):
               "alpha_pattern": ranks, "target_modules": targets, "modules_to_save": also or None, "lora_dropout": 0.0,
               "bias": "none", "fan_in_fan_out": all(is_conv1d(a.base) for a in adapters.values()),
               "inference_mode": True}
-    try:
-        from safetensors.torch import save_file
-    except ImportError:
-        save_file = None
     os.makedirs(directory, exist_ok=True)
     with open(os.path.join(directory, "adapter_config.json"), "w") as file:
         json.dump(config, file, indent=2)
-    if save_file:
+    try:
+        from safetensors.torch import save_file
         save_file(tensors, os.path.join(directory, "adapter_model.safetensors"), metadata={"format": "pt"})
-    else:
+    except ImportError:
         torch.save(tensors, os.path.join(directory, "adapter_model.bin"))

@@ -174,7 +174,7 @@ def test_principal_directions_find_a_low_rank_signal_under_noise():
 
 
 def gain_by_definition(x, power, k):
-    """(C + 0.1 mean(lambda) I)^-power with C's eigenvalues past the k-th as one average, scaled to E|G x|^2 = in / 12."""
+    """(C + 0.1 mean(lambda) I)^-power, C's eigenvalues past the k-th as one average, scaled to E|G x|^2 = in / 12."""
     C = x.T @ x / len(x)
     lam, Q = (t.flip(-1) for t in torch.linalg.eigh(C))
     damping = 0.1 * lam.mean()
@@ -970,6 +970,40 @@ def test_invariants_on_150_random_models(tmp_path, no_safetensors):
         check_round_trips(base.double(), precise, x.double(), tolerance=1e-8)
         remove_aira(model)
         assert fingerprint(model) == before and bits(model(x)) == bits(output), number
+
+
+def test_activation_checkpointing_wrappers_do_not_hide_adapters_from_a_file():
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+    base = nn.Sequential(nn.Linear(10, 8), nn.Linear(8, 3)).double()
+    model = adapted(copy.deepcopy(base), train=3)
+    model[0] = checkpoint_wrapper(model[0])
+    load_aira(base, aira_state_dict(model))
+    x = inputs()
+    close(base(x), model(x))
+
+
+def test_layers_called_by_keyword():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(10, 3).double()
+
+        def forward(self, x):
+            return self.fc(input=x)
+
+    x = inputs()
+    model = adapted(Model(), x, train=2)
+    assert far(model(x), model.fc.base(x))
+
+
+def test_two_adapted_parts_are_not_taken_for_one():
+    model = nn.Sequential(nn.Sequential(nn.Linear(10, 8)), nn.Sequential(nn.Linear(8, 3))).double()
+    adapted(model[0])
+    adapted(model[1], inputs(96, 8))
+    with pytest.raises(ValueError, match="2 models with adapters of their own"):
+        merge_aira(model)
+    merge_aira(model[0])
+    merge_aira(model)
 
 
 # ---- train_toy.py --------------------------------------------------------------------------------------------------

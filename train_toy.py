@@ -249,6 +249,7 @@ METHODS = {
     "LoRA, alpha = 2 rank": lora(2),
     "LoRA, alpha = 8 rank": lora(8),
     "LoRA, alpha = 32 rank": lora(32),
+    "LoRA, alpha = 128 rank": lora(128),
     "PiSSA": lora(1, pissa=True),
     "AIRA, random start": aira(random_start=True),
     "AIRA, paper's start": aira(init="svd"),
