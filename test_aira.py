@@ -1039,6 +1039,11 @@ def test_toy_steps_to_a_loss_lie_on_straight_lines_between_the_points():
     assert train_toy.steps_to([3.0, 2.0], 3.5) == every and train_toy.steps_to([3.0, 2.0], 1.0) is None
 
 
+def test_toy_never_takes_a_diverged_rate_for_the_best():
+    runs = {rate: [{"curve": [(loss, 0.5)]}] for rate, loss in ((0.1, float("nan")), (0.2, 3.0), (0.3, 2.0))}
+    assert train_toy.best(runs) is runs[0.3]
+
+
 def test_toy_draws_a_picture_with_matplotlib(tmp_path):
     pytest.importorskip("matplotlib")
     runs = [{"curve": [(3.0, 0.1), (2.0, 0.2)]}]
