@@ -1044,6 +1044,12 @@ def test_toy_never_takes_a_diverged_rate_for_the_best():
     assert train_toy.best(runs) is runs[0.3]
 
 
+def test_toy_charts_show_a_diverged_run_at_the_top(capsys):
+    train_toy.chart("title", {"A": [3.0, 1.0, float("nan")], "L": [3.0, 2.0, float("inf")]}, ["1", "2", "3"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if "|" in line]
+    assert rows[0].count("A") == rows[0].count("L") == 2 and rows[-1].count("A") == 1 and rows[-1].count("L") == 0
+
+
 def test_toy_draws_a_picture_with_matplotlib(tmp_path):
     pytest.importorskip("matplotlib")
     runs = [{"curve": [(3.0, 0.1), (2.0, 0.2)]}]

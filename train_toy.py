@@ -30,6 +30,7 @@ import statistics
 import sys
 import sysconfig
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -38,11 +39,12 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from aira import AiraLinear, apply_aira, merge_aira, outlier_weighted_svd
+from aira import AiraLinear, apply_aira, merge_aira, outlier_weighted_svd, times_gain
 
 HERE = Path(__file__).resolve().parent
 WORLD, PLACE = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))  # of torchrun's processes
-DEVICE = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+GPUS_ENOUGH = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+DEVICE = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if GPUS_ENOUGH else "cpu"
 CONTEXT = 64  # bytes a text
 RANK = 16
 LAYERS = "qkv", "proj", "up", "down"  # what is adapted: all but the embedding and the head
@@ -194,7 +196,7 @@ def prepare(kind, width, layers, before, batch):
             path.parent.mkdir(exist_ok=True)
             torch.save(model.state_dict(), path)
     if kind == "vit":
-        model.head = nn.Linear(width, 32, device=DEVICE)  # new classes; it starts at zero and every method trains it
+        model.head = nn.Linear(width, 32, device=DEVICE)  # new classes; every method trains it
         nn.init.zeros_(model.head.weight)
     examples = torch.Generator().manual_seed(1)
     batches = [draw(batch, examples)[0][PLACE::WORLD] for _ in range(4)]
@@ -235,15 +237,24 @@ def lora(scale, pissa=False):
     return apply
 
 
-def aira(random_start=False, **options):
+def aira(start=None, **options):
     def apply(model, calibrate, rank, head):
         apply_aira(model, calibrate, rank=rank, targets=LAYERS, also_train=head, **options)
         for adapter in model.modules():
-            if random_start and isinstance(adapter, AiraLinear):
-                with torch.no_grad():  # as large as the chosen start, in random directions
-                    size = adapter.start_A.square().mean().sqrt()
-                    adapter.start_A.copy_(size * torch.randn(adapter.start_A.shape).to(DEVICE))
+            if start and isinstance(adapter, AiraLinear):
+                with torch.no_grad():
+                    adapter.start_A.copy_(start(adapter, torch.randn(adapter.start_A.shape).to(DEVICE)))
     return apply
+
+
+def as_lora(adapter, noise):
+    """A random A as LoRA's, as large as the one that AIRA chose."""
+    return noise * adapter.start_A.square().mean().sqrt()
+
+
+def shaped(adapter, noise):
+    """AIRA's A0 = 2 V^T G with random orthogonal rows in the place of the SVD's V^T."""
+    return times_gain(2 * torch.linalg.qr(noise.T)[0].T, adapter.gain, adapter.directions, adapter.stretch)
 
 
 METHODS = {
@@ -255,7 +266,8 @@ METHODS = {
     "LoRA, alpha = 32 rank": lora(32),
     "LoRA, alpha = 128 rank": lora(128),
     "PiSSA": lora(1, pissa=True),
-    "AIRA, random start": aira(random_start=True),
+    "AIRA, start as LoRA's": aira(start=as_lora),
+    "AIRA, random V": aira(start=shaped),
     "AIRA, paper's start": aira(init="svd"),
     "AIRA, not amplified": aira(amplify=0),
     "AIRA, ranks by outliers": aira(importance="outlier"),
@@ -266,7 +278,7 @@ METHODS = {
 # ---- Runs ----------------------------------------------------------------------------------------------------------
 
 
-def run(task, method, rate, seed, rank, steps, batch):
+def run(task, method, rate, seed, rank, steps):
     """One fine-tuning -> its curve, seconds a step and for putting the adapters in, and the parameters it trained."""
     if DEVICE == "cpu":
         torch.set_num_threads(1)  # as many runs at a time as there are cores is faster than one run on all cores
@@ -276,7 +288,7 @@ def run(task, method, rate, seed, rank, steps, batch):
     start = time.perf_counter()
     METHODS[method](model, lambda: [model(x) for x in batches], rank, ("head",) if task[0] == "vit" else ())
     apply_seconds = time.perf_counter() - start
-    curve, step_seconds = fit(model, draw, rate, steps, batch, seed, held_out)
+    curve, step_seconds = fit(model, draw, rate, steps, task[-1], seed, held_out)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {"method": method, "rate": rate, "seed": seed, "rank": rank, "curve": curve, "trained": trained,
             "step_seconds": step_seconds, "apply_seconds": apply_seconds}
@@ -286,22 +298,18 @@ def run_all(jobs):
     """run(*job) of every job, in processes of their own on a CPU; with the time left on stderr."""
     results, start = [], time.monotonic()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = 1 if WORLD > 1 or DEVICE != "cpu" else min(cores, len(jobs))
-    pool = multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else None
-    for result in pool.imap(_run, jobs) if pool else map(_run, jobs):
+    workers = 1 if WORLD > 1 or DEVICE != "cpu" else min(cores, len(jobs), 61)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) if workers > 1 else None
+    for result in (pool.map if pool else map)(run, *zip(*jobs)):
         results.append(result)
         left = (time.monotonic() - start) / len(results) * (len(jobs) - len(results))
         if PLACE == 0:
             print(f"\rrun {len(results)} of {len(jobs)}, {left:.0f} s left   ", end="", file=sys.stderr, flush=True)
     if pool:
-        pool.close()
+        pool.shutdown()
     if PLACE == 0:
         print(file=sys.stderr)
     return results
-
-
-def _run(job):
-    return run(*job)
 
 
 # ---- What was measured ---------------------------------------------------------------------------------------------
@@ -338,17 +346,19 @@ def best(method):
 
 def best_lora(results):
     """The name of the scale that ends lowest at its best rate: LoRA with scale and rate tuned."""
-    return min((name for name in results if name.startswith("LoRA")), key=lambda name: losses(best(results[name]))[-1])
+    names = [name for name in results if name.startswith("LoRA")]
+    return min(names, key=lambda name: losses(best(results[name]))[-1])
 
 
 def chart(title, lines, labels, height=14):
     """A text figure: {letter: [y of each column]}, columns under their labels."""
-    points = [y for line in lines.values() for y in line]
-    low, high = min(points), max(max(line[-1] for line in lines.values()), sorted(points)[int(0.9 * len(points))])
+    points = [y for line in lines.values() for y in line if math.isfinite(y)]
+    low, high = min(points), sorted(points)[int(0.9 * len(points))]
     wide = max(map(len, labels)) + 2
     grid = [[" "] * wide * len(labels) for _ in range(height)]
     for letter, line in lines.items():
         for i, y in enumerate(line):
+            y = y if math.isfinite(y) else high
             row = round((high - min(y, high)) / ((high - low) or 1) * (height - 1))
             cell = next((c for c in range(wide * i + wide - 2, wide * i, -1) if grid[row][c] == " "), wide * i)
             grid[row][cell] = letter
@@ -365,9 +375,10 @@ def report(results, steps):
     scaled = best_lora(results)
     tuned = losses(best(results[scaled]))[-1]
     unit = statistics.median(run["step_seconds"] for run in best(results["LoRA"]))
-    print(f"\nEach method at its own best rate, mean +- deviation over {len(best(results['LoRA']))} seeds.  Steps, of "
-          f"{steps}, to LoRA's final loss {goal:.4f}")
-    print(f"(and to that of the best LoRA, {scaled}, {tuned:.4f}); a step's time, LoRA's = 1; seconds of set-up.\n")
+    seeds = len(best(results["LoRA"]))
+    print(f"\nEach method at its own best rate, mean +- deviation over {seeds} seed(s).  Steps, of {steps}, to LoRA's final "
+          f"loss {goal:.4f}\n(and to that of the best LoRA here, {scaled}, {tuned:.4f}); a step's time, LoRA's "
+          f"{1000 * unit:.0f} ms = 1; seconds of set-up.\n")
     print(f"{'method':24} {'trained':>8} {'rate':>6}  {'steps':>18}  {'(best LoRA)':>18}  {'final loss':>15}  "
           "accuracy  time  set-up")
     for name, method in results.items():
@@ -460,13 +471,14 @@ def medians(clocks, repeats):
 
 
 def memory(step, model):
-    """Bytes that a step holds: the peak on a GPU; on a CPU the parameters, their gradients and Adam's two moments, and
-    what the forward pass keeps for the backward pass."""
+    """Bytes that a step holds: parameters, their gradients, Adam's two moments, and what comes on top at its peak (on a
+    CPU, what the forward pass keeps for the backward pass)."""
     if DEVICE != "cpu":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
-        return torch.cuda.max_memory_allocated() - before + sum(p.nbytes for p in model.parameters())
+        peak = torch.cuda.max_memory_allocated() - before + sum(p.nbytes for p in model.parameters())
+        return peak + 3 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
     kept = {}
 
     def keep(tensor):
@@ -571,10 +583,14 @@ def main():
         width, layers = (768, 12) if DEVICE == "cpu" else (4096, 4)
     width = options.width or width
     batch = 16 if options.model == "gpt" else 32
+    if batch % WORLD or width % 32:
+        sys.exit(f"{WORLD} processes must divide a batch of {batch}, and width={width} must be a multiple of 32")
     machine = torch.cuda.get_device_name() if DEVICE != "cpu" else f"{os.cpu_count()} CPU cores"
-    print(f"torch {torch.__version__} on {machine}; {options.model} of width {width}, {layers} layers, rank {RANK}")
+    print(f"torch {torch.__version__} on {machine}; width {width}, {layers} layers, rank {RANK}")
     if options.bench:
         return bench(width, layers, tokens=16 if options.tiny else 128, repeats=3 if options.tiny else 9)
+    print("GPT: Python sources, then C++ headers" if options.model == "gpt" else
+          "ViT: glyphs of straight strokes, then of curved ones")
     task = options.model, width, layers, before, batch
     base, _, held_out, _ = prepare(*task)
     with torch.no_grad():
@@ -584,21 +600,24 @@ def main():
     rates = [round(0.001 * 30 ** (i / 5), 5) for i in range(6)] if options.full else [0.005, 0.01, 0.02]
     seeds = range(1, 1 + (options.seeds or (5 if options.full else 1)))
     results = {name: {rate: [] for rate in rates} for name in names}
-    runs = run_all([(task, name, rate, seed, RANK, steps, batch) for name in names for rate in rates for seed in seeds])
+    runs = run_all([(task, name, rate, seed, RANK, steps) for name in names for rate in rates for seed in seeds])
     for one in runs:
         results[one["method"]][one["rate"]].append(one)
-    report(results, steps)
+    smaller = {}
     if options.full:
         rate = {name: best(results[name])[0]["rate"] for name in ("LoRA", best_lora(results), "AIRA")}
-        jobs = [(task, name, rate[name], seed, rank, steps, batch) for name in rate for rank in (RANK // 2, RANK // 4)
-                for seed in seeds]
-        smaller = {name: {} for name in rate}
-        for one in run_all(jobs):
-            smaller[one["method"]].setdefault(one["rank"], []).append(one)
-            runs.append(one)
-        report_sizes(results, smaller)
+        smaller = {name: {RANK // 2: [], RANK // 4: []} for name in rate}
+        few = run_all([(task, name, rate[name], seed, rank, steps) for name in rate for rank in smaller[name]
+                       for seed in seeds])
+        for one in few:
+            smaller[one["method"]][one["rank"]].append(one)
+        runs += few
     if options.out and PLACE == 0:
-        Path(options.out).write_text(json.dumps({"torch": torch.__version__, "machine": machine, "runs": runs}))
+        Path(options.out).write_text(json.dumps({"torch": torch.__version__, "machine": machine, "task": task,
+                                                 "runs": runs}))
+    report(results, steps)
+    if smaller:
+        report_sizes(results, smaller)
     if options.plot and PLACE == 0:
         picture(options.plot, results)
     print(f"\n{time.monotonic() - started:.0f} s in all")
