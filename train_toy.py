@@ -376,8 +376,8 @@ def report(results, steps):
     tuned = losses(best(results[scaled]))[-1]
     unit = statistics.median(run["step_seconds"] for run in best(results["LoRA"]))
     seeds = len(best(results["LoRA"]))
-    print(f"\nEach method at its own best rate, mean +- deviation over {seeds} seed(s).  Steps, of {steps}, to LoRA's final "
-          f"loss {goal:.4f}\n(and to that of the best LoRA here, {scaled}, {tuned:.4f}); a step's time, LoRA's "
+    print(f"\nEach method at its own best rate, mean +- deviation over {seeds} seed(s).  Steps, of {steps}, to LoRA's "
+          f"final loss {goal:.4f}\n(and to that of the best LoRA here, {scaled}, {tuned:.4f}); a step's time, LoRA's "
           f"{1000 * unit:.0f} ms = 1; seconds of set-up.\n")
     print(f"{'method':24} {'trained':>8} {'rate':>6}  {'steps':>18}  {'(best LoRA)':>18}  {'final loss':>15}  "
           "accuracy  time  set-up")
@@ -393,7 +393,8 @@ def report(results, steps):
               f"{statistics.median(run['apply_seconds'] for run in runs):6.2f}")
     if "full fine-tuning" in results:
         full, ours = (losses(best(results[name]))[-1] for name in ("full fine-tuning", "AIRA"))
-        print(f"\nAIRA closes {(tuned - ours) / (tuned - full):.0%} of the gap from {scaled} to full fine-tuning.")
+        print(f"\nAIRA closes {(tuned - ours) / (tuned - full):.0%} of the gap from {scaled} to full fine-tuning."
+              if full < tuned else f"\nFull fine-tuning ends above {scaled}: there is no gap to close.")
     print(f"\nFinal loss at every rate, and steps to LoRA's final loss at the same rate\n\n{'method':24}" +
           "".join(f"{rate:>14.2g}" for rate in rates))
     for name, method in results.items():
