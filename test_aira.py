@@ -18,7 +18,6 @@ import tracemalloc
 import types
 import warnings
 from collections import OrderedDict
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -1009,20 +1008,15 @@ def test_two_adapted_parts_are_not_taken_for_one():
 # ---- train_toy.py --------------------------------------------------------------------------------------------------
 
 
-def toy(tmp_path, *command):
-    """The runs that train_toy.py --tiny measured."""
-    out = tmp_path / f"{len(command)}.json"
-    script = Path(aira.__file__).with_name("train_toy.py")
-    subprocess.run([sys.executable, *command, script, "--tiny", "--out", out], check=True, capture_output=True)
-    return json.loads(out.read_text())["runs"]
-
-
 def test_toy_on_two_processes_gives_the_losses_of_one(tmp_path):
-    one, two = (toy(tmp_path, *command) for command in ([], ["-m", "torch.distributed.run", "--nproc-per-node=2"]))
-    assert {run["method"] for run in one} == {"LoRA", "AIRA"} and len(one) == len(two) == 6
-    for alone, together in zip(one, two):
-        assert (alone["method"], alone["rate"]) == (together["method"], together["rate"])
-        np.testing.assert_allclose(np.array(alone["curve"])[:, 0], np.array(together["curve"])[:, 0], rtol=1e-4)
+    out = tmp_path / "out.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", train_toy.__file__, "--tiny", "--out"]
+    subprocess.run([*command, out], check=True, capture_output=True)
+    measured = json.loads(out.read_text())
+    assert {run["method"] for run in measured["runs"]} == {"LoRA", "AIRA"} and len(measured["runs"]) == 6
+    for two in measured["runs"]:
+        one = train_toy.run(tuple(measured["task"]), two["method"], two["rate"], two["seed"], two["rank"], steps=10)
+        np.testing.assert_allclose(np.array(one["curve"])[:, 0], np.array(two["curve"])[:, 0], rtol=1e-4)
 
 
 @pytest.mark.parametrize("package, call", [("matplotlib", lambda toy: toy.pyplot()),
@@ -1095,8 +1089,8 @@ def hf(name, **changes):
 
 def apply(model, batch, name, **changes):
     targets, also_train = MODELS[name][4:]
-    options = dict(rank=3, importance="outlier", targets=targets, also_train=also_train, directions=6, **changes)
-    return apply_aira(model, lambda: model(**batch), **options)
+    options = {"rank": 3, "importance": "outlier", "directions": 6, **changes}
+    return apply_aira(model, lambda: model(**batch), targets=targets, also_train=also_train, **options)
 
 
 def tune(model, batch, steps=4, lr=1e-2):
