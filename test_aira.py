@@ -1010,8 +1010,8 @@ def test_two_adapted_parts_are_not_taken_for_one():
 
 def test_toy_on_two_processes_gives_the_losses_of_one(tmp_path):
     out = tmp_path / "out.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", train_toy.__file__, "--tiny", "--out"]
-    subprocess.run([*command, out], check=True, capture_output=True)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    subprocess.run([*torchrun, train_toy.__file__, "--tiny", "--out", out], check=True, capture_output=True)
     measured = json.loads(out.read_text())
     assert {run["method"] for run in measured["runs"]} == {"LoRA", "AIRA"} and len(measured["runs"]) == 6
     for two in measured["runs"]:
