@@ -110,7 +110,8 @@ def outlier_weighted_svd(weight, channel_rms, rank):
 
     is the optimum among all rank-r pairs (Eckart-Young).  weight (out, in), channel_rms (in,) -> B (out, rank),
     A (rank, in), in at least float32.  Silent channels count as 1e-4 of the mean, so that S^-1 is finite.  Exact for a
-    smaller side up to 256, above it randomised but seeded.  ValueError for a rank or channel_rms that does not fit.
+    smaller side up to 256 or 4 rank, above it randomised but seeded.  ValueError for a rank or channel_rms that do not
+    fit.
 
     Departure: the released code decomposes the unweighted W, and slices torch.svd's V as if it were V^T.
     """
@@ -258,7 +259,7 @@ def knapsack_ranks(importance, costs, budget, min_rank, max_ranks):
 # a fixed G is part of dW.
 
 def input_gain(total, directions, eigenvalues, power, damping=0.1):
-    """G ~ (C + damping * mean(lambda) I)^-power, scaled so that the mean of |G x|^2 is in / 12.
+    """G ~ (C + damping * mean(lambda) I)^-power, scaled so that the mean of |G x|^2 is in / 12; I for silent inputs.
 
     total = trace C, directions (in, k), eigenvalues (k,) -> gain (1,), stretch (k,):
     G = gain I + directions diag(stretch) directions^T.  power = 0 gives G = gain I.

@@ -14,9 +14,9 @@ The pretrained model is kept in .cache/.  All methods get the same data in the s
 warm-up, cosine to 10 %), AdamW without weight decay, and clipping at norm 1; LoRA and AIRA train equally many
 parameters.
 
-Measured with --full (torch 2.13.0, two CPU cores): with each method at its own best rate, AIRA reaches LoRA's final
-loss on the GPT after 56 +- 2 of 100 steps, and that of LoRA with its scale tuned as well after 65 +- 4.  README has all
-cells, the lost ones included.
+Measured with --full, five seeds (torch 2.13.0, two CPU cores): with each method at its own best rate, AIRA reaches
+LoRA's final loss on the GPT after 56 +- 2 of 100 steps, and that of LoRA with its scale tuned as well after 65 +- 4.
+On the ViT the two cannot be told apart.  README has all cells, the lost ones included.
 """
 import argparse
 import copy
