@@ -23,9 +23,11 @@ every place where it does something else, and why.  Limits: nn.Linear and Huggin
 one adapter a model, apply before sharding.
 
 AIRA: ICCV 2025, github.com/lliai/LoRA-Zoo.  LoRA: arXiv 2106.09685.  Outlier score, OWL: arXiv 2310.05175.
-Activation-weighted SVD, ASVD: arXiv 2312.05821.  SVD start, PiSSA: arXiv 2404.02948.
+Activation-weighted SVD, ASVD: arXiv 2312.05821.  SVD start, PiSSA: arXiv 2404.02948.  One factor frozen, LoRA-FA:
+arXiv 2308.03303.
 """
 import contextlib
+import functools
 import json
 import math
 import os
@@ -48,6 +50,11 @@ import torch.nn.functional as F
 #                                          the k directions in which the inputs are loudest              (in, k + 16)
 #     mean_n ||y_n||_2                     the output's size, the released code's default importance     a number
 
+@functools.lru_cache(8)
+def _omega(in_features, width):
+    """Orthonormal columns (in, width), the same in all processes; the caller's random state stays as it is."""
+    return torch.linalg.qr(torch.randn(in_features, width, generator=torch.Generator().manual_seed(0)))[0]
+
 class Statistics:
     """Sums over one layer's tokens: O(k in) numbers, in float32, however many tokens pass."""
 
@@ -56,9 +63,7 @@ class Statistics:
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
         self.output_norm = torch.zeros((), device=device)
         self.squares = torch.zeros(in_features, device=device)
-        width = min(in_features, k + 16)  # 16 to spare, for accuracy
-        omega = torch.randn(in_features, width, generator=torch.Generator().manual_seed(0))  # the same in all processes
-        self.omega = torch.linalg.qr(omega)[0].to(device)
+        self.omega = _omega(in_features, min(in_features, k + 16)).to(device)  # 16 to spare, for accuracy
         self.sketch = torch.zeros_like(self.omega)
 
     def hook(self, layer, args, kwargs, y):
@@ -118,24 +123,25 @@ def outlier_weighted_svd(weight, channel_rms, rank):
     if not 1 <= rank <= min(weight.shape) or channel_rms.shape != weight.shape[1:]:
         raise ValueError(f"rank={rank} and channel_rms {tuple(channel_rms.shape)} do not fit weight "
                          f"{tuple(weight.shape)}: use rank 1 .. {min(weight.shape)} and {weight.shape[1]} channels")
-    dtype = torch.promote_types(weight.dtype, torch.float32)  # half precision has no SVD
-    rms = channel_rms.to(dtype)
-    rms = rms.clamp_min(1e-4 * rms.mean()) if rms.any() else torch.ones_like(rms)
-    U, s, Vt = _top_svd(weight.detach().to(dtype) * rms, rank, niter=8)  # within 1e-3 of the optimal error
+    U, s, Vt, rms = _weighted_svd(weight, channel_rms, rank, rounds=8)  # within 1e-3 of the optimal error
     # A zero row of A could never train where B is zero too: so A's share of s has a floor, and B takes the rest of it.
     root = s.sqrt().clamp_min(1e-4 * s[0].sqrt()) if s[0] > 0 else torch.ones_like(s)
     return U * (s / root), root[:, None] * Vt / rms
 
-def _top_svd(matrix, rank, niter):
-    """U (out, r), s (r,), V^T (r, in) of the r largest singular values: exact where a side is small, else by `niter`
-    rounds of a randomised iteration, seeded; the caller's random state stays as it is."""
+def _weighted_svd(weight, rms, rank, rounds):
+    """U (out, r), s (r,), V^T (r, in) of the r largest singular values of W diag(rms), and rms with its floor."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)  # half precision has no SVD
+    rms = rms.to(dtype)
+    rms = rms.clamp_min(1e-4 * rms.mean()) if rms.any() else torch.ones_like(rms)
+    matrix = weight.detach().to(dtype) * rms
     if min(matrix.shape) <= max(256, 4 * rank):
         U, s, Vt = torch.linalg.svd(matrix, full_matrices=False)
-        return U[:, :rank], s[:rank], Vt[:rank]
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(0)
-        U, s, V = torch.svd_lowrank(matrix, q=2 * rank, niter=niter)
-    return U[:, :rank], s[:rank], V[:, :rank].T
+    else:
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            torch.manual_seed(0)
+            U, s, V = torch.svd_lowrank(matrix, q=2 * rank, niter=rounds)
+        Vt = V.T
+    return U[:, :rank], s[:rank], Vt[:rank], rms
 
 # ---- 3. Ranks ------------------------------------------------------------------------------------------------------
 # A rank-r adapter takes cost_l * r parameters, cost_l = in + out, and each further unit of rank is worth less:
@@ -238,20 +244,19 @@ def knapsack_ranks(importance, costs, budget, min_rank, max_ranks):
 # The paper amplifies the updates of significant weights.  Multiplying a gradient by a constant would be a placebo, for
 # Adam divides it out again.  So we change coordinates: training moves lora_A, and the layer computes with
 #
-#     A = A0 + lora_A G          G (in, in) symmetric, fixed at calibration
+#     A = lora_A G          G (in, in) symmetric, fixed at calibration
 #
 # By the chain rule grad(lora_A) = grad(A) G.  One step of SGD moves A by -lr grad(A) G^2, one of Adam about by
 # -lr sign(grad(lora_A)) G: where G stretches a direction, its updates are amplified, under Adam too.
 #
 # Which G?  A few directions carry nearly all the energy of the inputs; they drown the others in A x, and in grad(A).
-# G = C^-p, with C = mean x x^T = Q diag(lambda) Q^T, lets the others be heard.  (A little is added to lambda first, or
-# the quietest directions would take over.)  The k loudest directions are kept and the rest count as one average,
-# G = c I + Q_k diag(d) Q_k^T: k * in numbers, and never a matrix.
+# With C = mean x x^T = Q diag(lambda) Q^T, G = C^-.5 whitens: all directions of G x are equally loud.  (A little is
+# added to lambda first, or the quietest directions would take over.)  The k loudest directions are kept and the rest
+# count as one average, so that G = gain I - P P^T with P (in, k): k * in numbers, and never a matrix.
 #
 # How large?  LoRA draws A with variance 1 / (3 in), so |A_i x|^2 is about 1 / 3 where the inputs have unit RMS.  We
-# scale G so that |G x|^2 = in / 12 on average, whatever the inputs' RMS, and start from orthogonal rows of length 2,
-# A0 = 2 V^T G: the same 1 / 3, on average over directions, and one learning rate for all layers.  Rows of length 1 and
-# twice the G would start alike and step twice as far, which diverged at high learning rates.
+# scale G so that |G x|^2 = in / 12 on average, whatever the inputs' RMS; then rows of length 2, A = 2 V^T G, have the
+# same 1 / 3.  Rows of length 1 and twice the G would start alike and step twice as far: that diverged at high rates.
 #
 # Departure: this amplifies quiet directions, where the abstract speaks of significant weights: amplifying loud inputs
 # with a diagonal G slowed convergence in a prototype.  And the released code multiplies the adapter's output by a gate
@@ -261,41 +266,52 @@ def knapsack_ranks(importance, costs, budget, min_rank, max_ranks):
 def input_gain(total, directions, eigenvalues, power, damping=0.1):
     """G ~ (C + damping * mean(lambda) I)^-power, scaled so that the mean of |G x|^2 is in / 12; I for silent inputs.
 
-    total = trace C, directions (in, k), eigenvalues (k,) -> gain (1,), stretch (k,):
-    G = gain I + directions diag(stretch) directions^T.  power = 0 gives G = gain I.
+    total = trace C, directions (in, k), eigenvalues (k,) -> gain (1,), P (in, k):  G = gain I - P P^T.
     """
     n, k = directions.shape
     if total == 0:  # nothing to go by
-        return torch.ones_like(eigenvalues[:1]), torch.zeros_like(eigenvalues)
+        return torch.ones_like(eigenvalues[:1]), torch.zeros_like(directions)
     rest, floor = (total - eigenvalues.sum()).clamp_min(0), damping * total / n
-    loud, quiet = (eigenvalues + floor) ** -power, (rest / max(n - k, 1) + floor) ** -power
+    quiet = (rest / max(n - k, 1) + floor) ** -power
+    loud = torch.minimum((eigenvalues + floor) ** -power, quiet)  # the sketch makes eigenvalues a little too small
     scale = (n / 12 / ((loud.square() * eigenvalues).sum() + quiet.square() * rest)).sqrt()
-    return (scale * quiet).reshape(1), scale * (loud - quiet)
+    return (scale * quiet).reshape(1), directions * (scale * (quiet - loud)).sqrt()
 
-TENSORS = ("lora_A", "lora_B", "start_A", "start_B", "gain", "directions", "stretch")  # of an AiraLinear
+def times_gain(rows, gain, directions):
+    """rows (r, in) times G = gain I - P P^T, P = directions, without forming G."""
+    return torch.addmm(rows * gain, rows @ directions, directions.T, alpha=-1)
+
+TENSORS = ("lora_A", "lora_B", "start_A", "start_B", "gain", "directions")  # of an AiraLinear, and which go together:
+FORMS = ({"start_B", "lora_A", "gain", "directions"}, {"start_A", "lora_B"}, {"lora_A", "lora_B", "gain", "directions"},
+         set(TENSORS))
 
 class AiraLinear(nn.Module):
     """A frozen linear layer and its low-rank difference,  y = base(x) + B A x - B0 A0 x.  (Departure: the released code
     does not take B0 A0 off, so its output jumps at the start.)
 
     base                nn.Linear or Conv1D, frozen; its weight is never touched
-    lora_A, lora_B      (r, in), (out, r), trainable, zero at the start:  A = A0 + lora_A G ,  B = B0 + lora_B
-    start_A, start_B    A0 and B0, frozen; start_B is None where B0 = 0, and this computes just what a LoRA layer does
-    gain, directions, stretch       G, frozen, as input_gain returns it
+    lora_A, lora_B      (r, in), (out, r), what is trained
+    start_A, start_B    (r, in), (out, r), A0 and B0, frozen
+    gain, directions    G, frozen, as input_gain returns it; there if lora_A is
 
-    Training differences keeps the output at the start the base model's bit for bit in any dtype, and weight decay off
-    the pretrained weights.  The frozen tensors are parameters because DDP would broadcast buffers at every step.
+    Which of them there are depends on init, and what is missing counts as zero:
+
+    "narrow"      out >= in:  start_B and lora_A,  dW = B0 lora_A G        lora_A is zero at the start
+                  out < in:   start_A and lora_B,  dW = lora_B A0          lora_B is zero at the start
+    "subspace"    lora_A and lora_B,               dW = lora_B lora_A G    lora_B is zero at the start, as in LoRA
+    "svd"         all four,  dW = (B0 + lora_B) (A0 + lora_A G) - B0 A0    both are zero at the start
+
+    So the output at the start is the base model's bit for bit, in any dtype.  The frozen tensors are parameters because
+    DDP would broadcast buffers at every step.
     """
 
-    def __init__(self, base, start_A, start_B, gain, directions, stretch, lora_A=None, lora_B=None):
+    def __init__(self, base, **tensors):
         super().__init__()
-        rank, self.in_features = start_A.shape
-        self.out_features = base.weight.numel() // self.in_features
         self.base, self.enabled = base, True
+        self.out_features, self.in_features = _out_in(base).shape
         dtype = torch.promote_types(base.weight.dtype, torch.float32)  # half precision would lose small updates
-        lora_A = start_A.new_zeros(rank, self.in_features) if lora_A is None else lora_A
-        lora_B = start_A.new_zeros(self.out_features, rank) if lora_B is None else lora_B
-        for name, tensor in zip(TENSORS, (lora_A, lora_B, start_A, start_B, gain, directions, stretch)):
+        for name in TENSORS:
+            tensor = tensors.get(name)
             if tensor is not None:
                 tensor = tensor.detach().to(base.weight.device, dtype, copy=True, memory_format=torch.contiguous_format)
                 tensor = nn.Parameter(tensor, requires_grad=name.startswith("lora_"))
@@ -303,14 +319,15 @@ class AiraLinear(nn.Module):
         self.train(base.training)
 
     def factors(self):
-        """B (out, r) and A (r, in) of the difference, dW = B A, as plain LoRA; of rank 2r where B0 is not zero:
+        """B (out, r) and A (r, in) of the difference, dW = B A, as plain LoRA; of rank 2r where init is "svd":
 
             dW  =  (B0 + lora_B) (A0 + lora_A G) - B0 A0  =  [B0 + lora_B | lora_B] [lora_A G ; A0]
         """
-        moved = times_gain(self.lora_A, self.gain, self.directions, self.stretch)
-        if self.start_B is None:
-            return self.lora_B, self.start_A + moved
-        return torch.cat([self.start_B + self.lora_B, self.lora_B], 1), torch.cat([moved, self.start_A])
+        A = self.start_A if self.lora_A is None else times_gain(self.lora_A, self.gain, self.directions)
+        B = self.start_B if self.lora_B is None else self.lora_B
+        if self.start_A is None or self.start_B is None:
+            return B, A
+        return torch.cat([self.start_B + B, B], 1), torch.cat([A, self.start_A])
 
     def forward(self, input):  # the name that nn.Linear gives it
         y = self.base(input)
@@ -340,11 +357,7 @@ class AiraLinear(nn.Module):
         return self.base.bias
 
     def extra_repr(self):
-        return f"rank={len(self.lora_A)}"
-
-def times_gain(rows, gain, directions, stretch):
-    """rows (r, in) times G, without forming G."""
-    return torch.addmm(rows * gain, (rows @ directions) * stretch, directions.T)
+        return f"rank={len(self.start_A if self.lora_A is None else self.lora_A)}"
 
 def _out_in(layer):
     """The layer's weight as (out, in)."""
@@ -458,20 +471,32 @@ def _calibrate(model, layers, run, k):
                          "them out of targets (a generator runs nothing; nn.MultiheadAttention never calls out_proj)")
     return statistics
 
+# A difference B A of rank r costs (in + out) r trained parameters.  Departure: "narrow" trains only the factor on the
+# layer's smaller side, min(in, out) r parameters, so that the same budget buys two to five times the rank; the SVD
+# fixes the other, wide factor (a fixed random A is LoRA-FA's idea).  dW is then linear in what is trained.
+#
+# A step of lr on B moves an output by about lr sum_i |A0_i x| ~ lr r / 2; one on lora_A by about lr in / 4 in each of r
+# directions B0, that is by lr |B0| sqrt(r / out) in / 4 if B0's columns have length |B0|.  |B0| = sqrt(r out) / in
+# makes that lr r / 4, in step with the other kind of layer whatever the widths, and ended lower than twice as much.
+
 def _build(layer, seen, rank, init, amplify):
     """The adapter of one layer, from its Statistics."""
     weight = _out_in(layer)
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    directions, eigenvalues = (t.to(weight) for t in principal_directions(seen.sketch, seen.omega, seen.k))
-    gain, stretch = input_gain(seen.rms.to(weight).square().sum(), directions, eigenvalues, amplify)
+    out_features, in_features = weight.shape
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    directions, eigenvalues = (t.to(dtype) for t in principal_directions(seen.sketch, seen.omega, seen.k))
+    gain, directions = input_gain(seen.rms.to(dtype).square().sum(), directions, eigenvalues, amplify)
+    lora_A, lora_B = gain.new_zeros(rank, in_features), gain.new_zeros(out_features, rank)
+    G = {"gain": gain, "directions": directions}
     if init == "svd":
         B, A = outlier_weighted_svd(weight, seen.rms, rank)
-        return AiraLinear(layer, A, B, gain, directions, stretch)
-    # Departure: A0 comes from the SVD in G's coordinates,  W G^-1 = U diag(s) V^T ,  A0 = 2 V_r^T G ,  and B0 = 0.  As
-    # S does by channel, G^-1 ~ C^p weights the directions of the inputs by their loudness.
-    inverse = 1 / gain, directions, 1 / (gain + stretch) - 1 / gain
-    A = 2 * _top_svd(times_gain(weight, *inverse), rank, niter=4)[2]
-    return AiraLinear(layer, times_gain(A, gain, directions, stretch), None, gain, directions, stretch)
+        return AiraLinear(layer, lora_A=lora_A, lora_B=lora_B, start_A=A, start_B=B, **G)
+    U, _, Vt, _ = _weighted_svd(weight, seen.rms, rank, rounds=4)
+    if init == "subspace":
+        return AiraLinear(layer, lora_A=2 * Vt, lora_B=lora_B, **G)
+    if out_features >= in_features:
+        return AiraLinear(layer, lora_A=lora_A, start_B=U * math.sqrt(rank * out_features) / in_features, **G)
+    return AiraLinear(layer, lora_B=lora_B, start_A=times_gain(2 * Vt, gain, directions))
 
 def _replace(model, swap):
     """Put swap[id(module)] in the module's place, everywhere it hangs (a shared module hangs in several places)."""
@@ -483,26 +508,27 @@ def _replace(model, swap):
 # Departure: the default is equal ranks.  Of the rules here they ended lowest on train_toy.py's GPT, and no rule stood
 # out on its ViT (README).
 IMPORTANCE = {  # theta of a layer, from its (out, in) weight and its Statistics
-    "uniform": lambda weight, seen: float(sum(weight.shape)),  # its cost: a unit's worth per parameter is then 1 / r
     "outlier": lambda weight, seen: outlier_score(weight, seen.rms)[0],
     "fraction": lambda weight, seen: outlier_score(weight, seen.rms, threshold=5.0)[1],
     "activation": lambda weight, seen: seen.output_norm}
 ALLOCATE = {"knapsack": knapsack_ranks, "greedy": greedy_ranks}
 
-def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="subspace", importance="uniform",
-               allocate="knapsack", min_rank=1, max_rank=None, also_train=(), amplify=0.35, directions=32):
+def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="narrow", importance="uniform",
+               allocate="knapsack", min_rank=1, max_rank=None, also_train=(), amplify=0.5, directions=32):
     """Put AIRA adapters into `model` in place, freeze everything else, and return a Report that prints as a table.
 
     calibrate    callable without arguments that runs the model on representative batches; a few thousand tokens do, and
                  padding counts as tokens.  None: all channels weigh the same, no amplification, and a warning says so.
-    rank         average rank; the budget is what LoRA of this rank would spend, sum_l (in + out)_l * rank
+    rank         the budget of trained parameters is what LoRA of this rank would spend, sum_l (in + out)_l * rank
     targets      names of layers or their endings, as "q_proj".  None: every nn.Linear and Conv1D except Hugging Face's
                  output head, those in also_train, tied weights, and out_proj of nn.MultiheadAttention
-    init         "svd": the paper's start, both factors from the weighted SVD; it runs at twice an adapter's time.
-                 "subspace": B zero, and A from the SVD in the coordinates of the gain; it converged faster (README)
+    init         "narrow": each layer's wide factor from the SVD and fixed, its narrow one trained; two to five times the
+                 rank that LoRA has for the same budget, and by far the fastest convergence here (README).
+                 "subspace": A from the SVD, B zero, both trained; a LoRA of average rank `rank`.
+                 "svd": the paper's start, both factors from the weighted SVD and trained; exports at 2 * rank
     importance   "uniform" (equal ranks), "outlier" (mass), "fraction" (OWL's, threshold 5), "activation" (mean ||y||)
     allocate     "knapsack" (exact) or "greedy"
-    min_rank, max_rank      bounds on every layer's rank; max_rank=None is 4 * rank
+    min_rank, max_rank      bounds on every layer's rank; max_rank=None is min(in, out)
     also_train   names of modules or their endings that are trained in full and saved along: a new head, norms
     amplify      power p of the gain G ~ C^-p; 0 turns amplification off, and G just scales inputs to unit size
     directions   k, the number of principal directions that G tells apart
@@ -516,7 +542,7 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="subspace", 
                                ("max_rank", min_rank if max_rank is None else max_rank, min_rank)):
         if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name}={value!r} must be a whole number >= {least}")
-    for name, value, known in (("init", init, ("subspace", "svd")), ("importance", importance, tuple(IMPORTANCE)),
+    for name, value, known in (("init", init, ("narrow", "subspace", "svd")), ("importance", importance, ("uniform", *IMPORTANCE)),
                                ("allocate", allocate, tuple(ALLOCATE))):
         if value not in known:
             raise ValueError(f"{name}={value!r} must be one of {known}")
@@ -535,10 +561,12 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="subspace", 
     statistics = _calibrate(model, layers, calibrate, directions)
 
     weights = {name: _out_in(layer) for name, layer in layers.items()}
-    scores = [IMPORTANCE[importance](weight, statistics[name]) for name, weight in weights.items()]
-    costs = [sum(weight.shape) for weight in weights.values()]
-    budget, max_rank = rank * sum(costs), 4 * rank if max_rank is None else max_rank
-    ranks = ALLOCATE[allocate](scores, costs, budget, min_rank, [min(*w.shape, max_rank) for w in weights.values()])
+    costs = [(min if init == "narrow" else sum)(weight.shape) for weight in weights.values()]
+    # equal ranks are optimal if a layer's importance is its cost: a unit's worth per parameter is then log((r + 1) / r)
+    scores = costs if importance == "uniform" else [IMPORTANCE[importance](weight, statistics[name])
+                                                    for name, weight in weights.items()]
+    budget, most = rank * sum(sum(w.shape) for w in weights.values()), math.inf if max_rank is None else max_rank
+    ranks = ALLOCATE[allocate](scores, costs, budget, min_rank, [min(*w.shape, most) for w in weights.values()])
 
     swap, rows = {}, []
     for (name, layer), score, cost, r in zip(layers.items(), scores, costs, ranks):
@@ -640,10 +668,12 @@ def load_aira(model, state):
     for name, part in parts.items():
         _check_weight(name, modules[name])
         out_features, in_features = _out_in(modules[name]).shape
-        r, k = (part[t].shape[-1] if t in part and part[t].dim() == 2 else 0 for t in ("lora_B", "directions"))
+        r, k = (next((part[t].shape[i] for t in names if t in part and part[t].dim() == 2), 0)
+                for i, names in ((0, ("lora_A", "start_A")), (1, ("directions",))))
         shapes = {"lora_A": (r, in_features), "lora_B": (out_features, r), "start_A": (r, in_features),
-                  "start_B": (out_features, r), "gain": (1,), "directions": (in_features, k), "stretch": (k,)}
-        want.update({f"{name}.{t}": shape for t, shape in shapes.items() if t in part or t != "start_B"})
+                  "start_B": (out_features, r), "gain": (1,), "directions": (in_features, k)}
+        form = next((form for form in FORMS if form >= part.keys()), FORMS[-1])
+        want.update({f"{name}.{t}": shapes[t] for t in form})
     got = {key: tuple(tensor.shape) for key, tensor in state.items()}
     problems = [f"{key} is {got.get(key, 'missing')} and should be {want.get(key, 'absent, it is unexpected here')}"
                 for key in sorted({**got, **want}) if got.get(key) != want.get(key)]
@@ -652,7 +682,7 @@ def load_aira(model, state):
         problems.append(f"it has {len(state)} of the {count} tensors of that aira_state_dict")
     if problems:
         raise ValueError(f"the state does not fit this model ({len(problems)} faults): {'; '.join(problems[:5])}")
-    swap = {id(modules[name]): AiraLinear(modules[name], **{"start_B": None, **part}) for name, part in parts.items()}
+    swap = {id(modules[name]): AiraLinear(modules[name], **part) for name, part in parts.items()}
     also_train = sorted({key.rpartition(".")[0] for key in full})
     for key in full:
         own[key].copy_(state[key])

@@ -19,6 +19,7 @@ LoRA's final loss on the GPT after 56 +- 2 of 100 steps, and that of LoRA with i
 On the ViT the two cannot be told apart.  README has all cells, the lost ones included.
 """
 import argparse
+import contextlib
 import copy
 import functools
 import json
@@ -32,6 +33,7 @@ import sysconfig
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -39,7 +41,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from aira import AiraLinear, apply_aira, merge_aira, outlier_weighted_svd, times_gain
+from aira import apply_aira, merge_aira, outlier_weighted_svd
 
 HERE = Path(__file__).resolve().parent
 WORLD, PLACE = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))  # of torchrun's processes
@@ -227,34 +229,27 @@ class LoRALinear(nn.Module):
         return self.base(x) + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
 
 
-def lora(scale, pissa=False):
+def lora(scale, pissa=False, size=1):
     def apply(model, calibrate, rank, head):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(head))
         for block in model.blocks:
             for name in LAYERS:
-                setattr(block, name, LoRALinear(getattr(block, name), rank, scale, pissa).to(DEVICE))
+                setattr(block, name, LoRALinear(getattr(block, name), size * rank, scale, pissa).to(DEVICE))
     return apply
 
 
-def aira(start=None, **options):
+def aira(random_start=False, **options):
     def apply(model, calibrate, rank, head):
-        apply_aira(model, calibrate, rank=rank, targets=LAYERS, also_train=head, **options)
-        for adapter in model.modules():
-            if start and isinstance(adapter, AiraLinear):
-                with torch.no_grad():
-                    adapter.start_A.copy_(start(adapter, torch.randn(adapter.start_A.shape).to(DEVICE)))
+        with mock.patch("aira._weighted_svd", no_svd) if random_start else contextlib.nullcontext():
+            apply_aira(model, calibrate, rank=rank, targets=LAYERS, also_train=head, **options)
     return apply
 
 
-def as_lora(adapter, noise):
-    """A random A as LoRA's, as large as the one that AIRA chose."""
-    return noise * adapter.start_A.square().mean().sqrt()
-
-
-def shaped(adapter, noise):
-    """AIRA's A0 = 2 V^T G with random orthogonal rows in the place of the SVD's V^T."""
-    return times_gain(2 * torch.linalg.qr(noise.T)[0].T, adapter.gain, adapter.directions, adapter.stretch)
+def no_svd(weight, rms, rank, rounds):
+    """Random orthonormal factors in the place of the SVD's."""
+    U, V = (torch.linalg.qr(torch.randn(n, rank))[0].to(weight) for n in weight.shape)
+    return U, None, V.T, rms
 
 
 METHODS = {
@@ -265,13 +260,14 @@ METHODS = {
     "LoRA, alpha = 8 rank": lora(8),
     "LoRA, alpha = 32 rank": lora(32),
     "LoRA, alpha = 128 rank": lora(128),
+    "LoRA, 4 x the rank": lora(1, size=4),
     "PiSSA": lora(1, pissa=True),
-    "AIRA, start as LoRA's": aira(start=as_lora),
-    "AIRA, random V": aira(start=shaped),
-    "AIRA, paper's start": aira(init="svd"),
+    "AIRA, random start": aira(random_start=True),
     "AIRA, not amplified": aira(amplify=0),
     "AIRA, ranks by outliers": aira(importance="outlier"),
     "AIRA, ranks by fraction": aira(importance="fraction"),
+    "AIRA, init='subspace'": aira(init="subspace"),
+    "AIRA, init='svd'": aira(init="svd"),
 }
 
 
@@ -345,8 +341,8 @@ def best(method):
 
 
 def best_lora(results):
-    """The name of the scale that ends lowest at its best rate: LoRA with scale and rate tuned."""
-    names = [name for name in results if name.startswith("LoRA")]
+    """The name of the scale that ends lowest at its best rate: LoRA of the same size with scale and rate tuned."""
+    names = [name for name in results if name == "LoRA" or name.startswith("LoRA, alpha")]
     return min(names, key=lambda name: losses(best(results[name]))[-1])
 
 
@@ -520,8 +516,10 @@ def bench(width, layers, tokens, repeats):
         loss_of(model(x), y).backward()
         optimizer.step()
 
-    models = {"PEFT": with_peft(copy.deepcopy(base), True), "equal ranks": with_aira(copy.deepcopy(base)),
-              "ranks by outliers": with_aira(copy.deepcopy(base), importance="outlier")}
+    models = {"PEFT": with_peft(copy.deepcopy(base), True), "default": with_aira(copy.deepcopy(base)),
+              "init='subspace'": with_aira(copy.deepcopy(base), init="subspace"),
+              "init='subspace', ranks by outliers": with_aira(copy.deepcopy(base), init="subspace",
+                                                              importance="outlier")}
     steps = {name: functools.partial(step, model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]))
              for name, model in models.items()}
     seconds = medians({name: functools.partial(timed, one) for name, one in steps.items()}, repeats)
@@ -547,7 +545,7 @@ def bench(width, layers, tokens, repeats):
     for init in starts:
         print(f"apply_aira without calibration / {init}: {seconds['aira'] / seconds[init]:.3f}")
     print(f"calibration / forward pass: {statistics.median(calibration[1:]) / seconds['forward']:.3f}")
-    merged = models["equal ranks"]
+    merged = models["default"]
     merge_aira(merged)
     seconds = medians({"base": lambda: timed(lambda: forward(base)), "merged": lambda: timed(lambda: forward(merged))},
                       3 * repeats)
