@@ -34,7 +34,7 @@ import os
 import re
 import sys
 import warnings
-from collections import namedtuple
+from collections import Counter, namedtuple
 
 import numpy as np
 import torch
@@ -123,13 +123,14 @@ def outlier_weighted_svd(weight, channel_rms, rank):
     if not 1 <= rank <= min(weight.shape) or channel_rms.shape != weight.shape[1:]:
         raise ValueError(f"rank={rank} and channel_rms {tuple(channel_rms.shape)} do not fit weight "
                          f"{tuple(weight.shape)}: use rank 1 .. {min(weight.shape)} and {weight.shape[1]} channels")
-    U, s, Vt, rms = _weighted_svd(weight, channel_rms, rank, rounds=8)  # within 1e-3 of the optimal error
+    U, s, Vt, rms = _weighted_svd(weight, channel_rms, rank, spare=rank, rounds=8)  # within 1e-3 of the optimal error
     # A zero row of A could never train where B is zero too: so A's share of s has a floor, and B takes the rest of it.
     root = s.sqrt().clamp_min(1e-4 * s[0].sqrt()) if s[0] > 0 else torch.ones_like(s)
     return U * (s / root), root[:, None] * Vt / rms
 
-def _weighted_svd(weight, rms, rank, rounds):
-    """U (out, r), s (r,), V^T (r, in) of the r largest singular values of W diag(rms), and rms with its floor."""
+def _weighted_svd(weight, rms, rank, spare=16, rounds=3):
+    """U (out, r), s (r,), V^T (r, in) of the r largest singular values of W diag(rms), and rms with its floor.  Above
+    the size that is cheap, by `rounds` of a randomised iteration on r + spare directions, seeded."""
     dtype = torch.promote_types(weight.dtype, torch.float32)  # half precision has no SVD
     rms = rms.to(dtype)
     rms = rms.clamp_min(1e-4 * rms.mean()) if rms.any() else torch.ones_like(rms)
@@ -137,9 +138,9 @@ def _weighted_svd(weight, rms, rank, rounds):
     if min(matrix.shape) <= max(256, 4 * rank):
         U, s, Vt = torch.linalg.svd(matrix, full_matrices=False)
     else:
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
+        with torch.random.fork_rng(range(torch.cuda.device_count())):  # the caller's random state stays as it is
             torch.manual_seed(0)
-            U, s, V = torch.svd_lowrank(matrix, q=2 * rank, niter=rounds)
+            U, s, V = torch.svd_lowrank(matrix, q=rank + spare, niter=rounds)
         Vt = V.T
     return U[:, :rank], s[:rank], Vt[:rank], rms
 
@@ -405,7 +406,7 @@ def _check_weight(name, layer):
     if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(f"layer {name!r} has a {weight.dtype} weight, and AIRA takes float16, bfloat16, float32 and "
                         "float64: dequantise the model, or leave the layer out of targets")
-    if not weight.isfinite().all():
+    if not torch.stack(weight.detach().aminmax()).isfinite().all():  # NaN comes through as both
         raise ValueError(f"layer {name!r} has NaN or inf in its weight: mend the checkpoint or leave it out of targets")
 
 def _find_layers(model, targets, also_train):
@@ -414,10 +415,8 @@ def _find_layers(model, targets, also_train):
         raise ValueError("the model already has AIRA adapters: call merge_aira or remove_aira first")
     if is_linear(model):
         raise ValueError(f"a bare {type(model).__name__} cannot be replaced in place: wrap it in nn.Sequential(layer)")
-    owners = {}  # a weight with two owners is tied: merging would change the other one too
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    # a weight with two owners is tied: merging would change the other one too
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     layers, skipped = {}, {}
     linear = {name: module for name, module in model.named_modules() if is_linear(module)}
@@ -427,7 +426,7 @@ def _find_layers(model, targets, also_train):
             continue
         if any(_inside(name, trained) for trained in also_train):
             skipped[name] = "it is in also_train"
-        elif owners.get(id(module._parameters.get("weight")), 0) > 1:
+        elif owners[id(module._parameters.get("weight"))] > 1:
             skipped[name] = "its weight is tied"
         elif targets is None and module is head:
             skipped[name] = "it is the output head"
@@ -491,7 +490,7 @@ def _build(layer, seen, rank, init, amplify):
     if init == "svd":
         B, A = outlier_weighted_svd(weight, seen.rms, rank)
         return AiraLinear(layer, lora_A=lora_A, lora_B=lora_B, start_A=A, start_B=B, **G)
-    U, _, Vt, _ = _weighted_svd(weight, seen.rms, rank, rounds=4)
+    U, _, Vt, _ = _weighted_svd(weight, seen.rms, rank)
     if init == "subspace":
         return AiraLinear(layer, lora_A=2 * Vt, lora_B=lora_B, **G)
     if out_features >= in_features:

@@ -186,7 +186,7 @@ def dense(gain, directions):
     return gain * torch.eye(len(directions)) - directions @ directions.T
 
 
-def trained(module):
+def tunable(module):
     return [p for p in module.parameters() if p.requires_grad]
 
 
@@ -386,7 +386,7 @@ def test_layer_computes_base_plus_delta(kind, rank, init):
     wide = W.shape[0] >= W.shape[1]
     assert {name for name, p in layer.named_parameters() if p.requires_grad} == (
         {"lora_A", "lora_B"} if init != "narrow" else {"lora_A"} if wide else {"lora_B"})
-    for parameter in trained(layer):
+    for parameter in tunable(layer):
         nn.init.normal_(parameter)
     zeros = {"A": torch.zeros(rank, W.shape[1]).double(), "B": torch.zeros(len(W), rank).double()}
     A0, B0, lora_A, lora_B = (zeros[name[-1]] if getattr(layer, name) is None else getattr(layer, name)
@@ -536,7 +536,7 @@ def test_report_prints_a_table_and_keeps_the_budget():
     assert {row.name: row.shape for row in report.rows} == SHAPES and report.skipped == {}
     for row in report.rows:
         adapter = model.get_submodule(row.name)
-        assert row.rank == adapter.factors()[0].shape[1] and row.parameters == sum(p.numel() for p in trained(adapter))
+        assert row.rank == adapter.factors()[0].shape[1] and row.parameters == sum(p.numel() for p in tunable(adapter))
         assert row.tokens == (200 if row.name == "shared" else 100)  # it is called twice
     spent = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert report.budget == 4 * sum(map(sum, SHAPES.values())) >= spent == sum(row.parameters for row in report.rows)
@@ -1158,7 +1158,7 @@ def test_hugging_face_model(name, init):
     losses = tune(model, batch)
     assert losses[-1] < losses[0]
     for adapter in (m for m in model.modules() if isinstance(m, AiraLinear)):
-        assert all(factor.grad.abs().sum() > 0 for factor in trained(adapter))
+        assert all(factor.grad.abs().sum() > 0 for factor in tunable(adapter))
 
     trained, state = answer(model, batch), aira_state_dict(model)
     assert not torch.equal(trained, before)

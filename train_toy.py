@@ -257,7 +257,6 @@ METHODS = {
     "AIRA": aira(),
     "full fine-tuning": lambda model, calibrate, rank, head: None,
     "LoRA, alpha = 2 rank": lora(2),
-    "LoRA, alpha = 8 rank": lora(8),
     "LoRA, alpha = 32 rank": lora(32),
     "LoRA, alpha = 128 rank": lora(128),
     "LoRA, 4 x the rank": lora(1, size=4),
