@@ -134,7 +134,7 @@ def _weighted_svd(weight, rms, rank, spare=16, rounds=3):
     dtype = torch.promote_types(weight.dtype, torch.float32)  # half precision has no SVD
     rms = rms.to(dtype)
     rms = rms.clamp_min(1e-4 * rms.mean()) if rms.any() else torch.ones_like(rms)
-    matrix = weight.detach().to(dtype) * rms
+    matrix = weight.detach().to(dtype, copy=True).mul_(rms)  # the only copy of the layer, gone on return
     if min(matrix.shape) <= max(256, 4 * rank):
         U, s, Vt = torch.linalg.svd(matrix, full_matrices=False)
     else:
@@ -375,8 +375,9 @@ def is_linear(module):
 
 Row = namedtuple("Row", "name shape tokens score rank parameters")  # of a layer; shape (out, in), score its importance
 
-class Report(namedtuple("Report", "rows budget skipped")):
-    """What apply_aira did, printed as a table: [Row], the budget in parameters, {name: reason} of skipped layers."""
+class Report(namedtuple("Report", "rows budget fixed skipped")):
+    """What apply_aira did, printed as a table: [Row], the budget in trained parameters, how many numbers the adapters
+    hold beside these (start_A, start_B and G), {name: reason} of skipped layers."""
 
     def __str__(self):
         spent = sum(row.parameters for row in self.rows)
@@ -385,7 +386,8 @@ class Report(namedtuple("Report", "rows budget skipped")):
                    f"{row.parameters:,}") for row in self.rows] + [("total", "", "", "", "", f"{spent:,}")]
         first, *others = [max(map(len, column)) for column in zip(*table)]
         lines = ["  ".join([name.ljust(first)] + [c.rjust(w) for c, w in zip(cells, others)]) for name, *cells in table]
-        lines.append(f"budget {self.budget:,} parameters, {spent / self.budget:.1%} spent")
+        lines.append(f"budget {self.budget:,} trained parameters, {spent / self.budget:.1%} spent; "
+                     f"{self.fixed:,} numbers are fixed")
         return "\n".join(lines + [f"skipped {name}: {reason}" for name, reason in self.skipped.items()])
 
     __repr__ = __str__
@@ -521,10 +523,10 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="narrow", im
     rank         the budget of trained parameters is what LoRA of this rank would spend, sum_l (in + out)_l * rank
     targets      names of layers or their endings, as "q_proj".  None: every nn.Linear and Conv1D except Hugging Face's
                  output head, those in also_train, tied weights, and out_proj of nn.MultiheadAttention
-    init         "narrow": each layer's wide factor from the SVD and fixed, its narrow one trained; two to five times the
-                 rank that LoRA has for the same budget, and by far the fastest convergence here (README).
-                 "subspace": A from the SVD, B zero, both trained; a LoRA of average rank `rank`.
-                 "svd": the paper's start, both factors from the weighted SVD and trained; exports at 2 * rank
+    init         "narrow": a layer's wide factor comes from the SVD and stays, its narrow one is trained; the budget buys
+                 two to five times LoRA's rank, and convergence was fastest (README).
+                 "subspace": A comes from the SVD, B is zero, both are trained; a LoRA of average rank `rank`.
+                 "svd": the paper's start, both come from the weighted SVD and are trained; exports at twice its rank
     importance   "uniform" (equal ranks), "outlier" (mass), "fraction" (OWL's, threshold 5), "activation" (mean ||y||)
     allocate     "knapsack" (exact) or "greedy"
     min_rank, max_rank      bounds on every layer's rank; max_rank=None is min(in, out)
@@ -541,8 +543,8 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="narrow", im
                                ("max_rank", min_rank if max_rank is None else max_rank, min_rank)):
         if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name}={value!r} must be a whole number >= {least}")
-    for name, value, known in (("init", init, ("narrow", "subspace", "svd")), ("importance", importance, ("uniform", *IMPORTANCE)),
-                               ("allocate", allocate, tuple(ALLOCATE))):
+    for name, value, known in (("init", init, ("narrow", "subspace", "svd")), ("allocate", allocate, tuple(ALLOCATE)),
+                               ("importance", importance, ("uniform", *IMPORTANCE))):
         if value not in known:
             raise ValueError(f"{name}={value!r} must be one of {known}")
     if not (isinstance(amplify, (int, float)) and 0 <= amplify <= 1):
@@ -567,15 +569,16 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="narrow", im
     budget, most = rank * sum(sum(w.shape) for w in weights.values()), math.inf if max_rank is None else max_rank
     ranks = ALLOCATE[allocate](scores, costs, budget, min_rank, [min(*w.shape, most) for w in weights.values()])
 
-    swap, rows = {}, []
+    swap, rows, fixed = {}, [], 0
     for (name, layer), score, cost, r in zip(layers.items(), scores, costs, ranks):
-        swap[id(layer)] = _build(layer, statistics[name], r, init, amplify)
+        swap[id(layer)] = adapter = _build(layer, statistics[name], r, init, amplify)
+        fixed += sum(p.numel() for p in adapter.parameters(recurse=False) if not p.requires_grad)
         rows.append(Row(name, tuple(weights[name].shape), statistics[name].tokens, score, r, cost * r))
         if len(layers) > 50:
             end = "\n" if len(rows) == len(layers) else ""
             print(f"\raira: layer {len(rows)} of {len(layers)}", end=end, file=sys.stderr, flush=True)
     _attach(model, swap, trained)  # nothing was changed before this line, and nothing can fail in it
-    return Report(rows, budget, skipped)
+    return Report(rows, budget, fixed, skipped)
 
 # ---- 6. Merge, remove, save, load, export --------------------------------------------------------------------------
 

@@ -540,11 +540,13 @@ def test_report_prints_a_table_and_keeps_the_budget():
         assert row.tokens == (200 if row.name == "shared" else 100)  # it is called twice
     spent = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert report.budget == 4 * sum(map(sum, SHAPES.values())) >= spent == sum(row.parameters for row in report.rows)
+    held = sum(p.numel() for m in model.modules() if isinstance(m, AiraLinear) for p in m.parameters(recurse=False))
+    assert report.fixed == held - spent
     head, up, *_, total, budget = str(report).splitlines()
     assert head.split() == ["layer", "out", "x", "in", "tokens", "score", "rank", "parameters"]
     row = report.rows[0]
     assert up.split() == ["up", "24", "x", "10", "100", f"{row.score:.4g}", str(row.rank), f"{row.parameters:,}"]
-    assert total.split() == ["total", f"{spent:,}"] and f"{report.budget:,}" in budget
+    assert total.split() == ["total", f"{spent:,}"] and f"{report.budget:,}" in budget and f"{report.fixed:,}" in budget
     assert len(head) == len(up) == len(total)
 
 
@@ -818,8 +820,8 @@ def no_safetensors(monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
 
 
-@pytest.mark.parametrize("options", [{}, {"init": "svd"}, {"init": "subspace"}, {"amplify": 0}, {"directions": 1, "init": "svd"},
-                                     {"also_train": ["head", "norm"]}])
+@pytest.mark.parametrize("options", [{}, {"init": "svd"}, {"init": "subspace"}, {"amplify": 0},
+                                     {"directions": 1, "init": "svd"}, {"also_train": ["head", "norm"]}])
 def test_train_eval_reloaded_exported_and_merged_agree(options, tmp_path, no_safetensors):
     base, x = Net().double(), inputs()
     model = adapted(copy.deepcopy(base), x, train=5, **options)
