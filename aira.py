@@ -53,7 +53,8 @@ import torch.nn.functional as F
 @functools.lru_cache(8)
 def _omega(in_features, width):
     """Orthonormal columns (in, width), the same in all processes; the caller's random state stays as it is."""
-    return torch.linalg.qr(torch.randn(in_features, width, generator=torch.Generator().manual_seed(0)))[0]
+    noise = torch.randn(in_features, width, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
+    return torch.linalg.qr(noise)[0]
 
 class Statistics:
     """Sums over one layer's tokens: O(k in) numbers, in float32, however many tokens pass."""
@@ -61,8 +62,8 @@ class Statistics:
     def __init__(self, in_features, k, device):
         self.k = min(k, in_features)
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
-        self.output_norm = torch.zeros((), device=device)
-        self.squares = torch.zeros(in_features, device=device)
+        self.output_norm = torch.zeros((), dtype=torch.float32, device=device)
+        self.squares = torch.zeros(in_features, dtype=torch.float32, device=device)
         self.omega = _omega(in_features, min(in_features, k + 16)).to(device)  # 16 to spare, for accuracy
         self.sketch = torch.zeros_like(self.omega)
 
@@ -77,7 +78,7 @@ class Statistics:
             self.sketch += x.T @ (x @ self.omega)
 
     def finish(self, name):
-        """From sums over all processes to means: output_norm, rms (in,) and sketch = C Omega."""
+        """From sums over all processes to the number of tokens and means: output_norm, rms (in,), sketch = C Omega."""
         sums = (self.tokens, self.output_norm, self.squares, self.sketch)
         if dist.is_available() and dist.is_initialized():  # all processes must come out with the same ranks
             for total in sums:
@@ -149,7 +150,7 @@ def _weighted_svd(weight, rms, rank, spare=16, rounds=3):
 #
 #     maximise  sum_l theta_l log r_l    subject to    sum_l cost_l r_l <= budget , min_rank <= r_l <= max_l , integers
 #
-# where theta_l is the importance of layer l.  Departure: the released code solves this for real numbers with SciPy and
+# where theta_l is the importance of layer l (and cost_l = min(in, out) where only one factor is trained, see _build).  Departure: the released code solves this for real numbers with SciPy and
 # truncates, which leaves part of the budget unspent.
 
 def outlier_score(weight, channel_rms, threshold=2.0):
@@ -255,6 +256,8 @@ def knapsack_ranks(importance, costs, budget, min_rank, max_ranks):
 # added to lambda first, or the quietest directions would take over.)  The k loudest directions are kept and the rest
 # count as one average, so that G = gain I - P P^T with P (in, k): k * in numbers, and never a matrix.
 #
+# (P = Q_k diag(gain - g)^.5, where g, the k directions' own gains, are the smaller ones.)
+#
 # How large?  LoRA draws A with variance 1 / (3 in), so |A_i x|^2 is about 1 / 3 where the inputs have unit RMS.  We
 # scale G so that |G x|^2 = in / 12 on average, whatever the inputs' RMS; then rows of length 2, A = 2 V^T G, have the
 # same 1 / 3.  Rows of length 1 and twice the G would start alike and step twice as far: that diverged at high rates.
@@ -265,22 +268,23 @@ def knapsack_ranks(importance, costs, budget, min_rank, max_ranks):
 # a fixed G is part of dW.
 
 def input_gain(total, directions, eigenvalues, power, damping=0.1):
-    """G ~ (C + damping * mean(lambda) I)^-power, scaled so that the mean of |G x|^2 is in / 12; I for silent inputs.
+    """G ~ (C + damping * mean(lambda) I)^-power, scaled so that |G x|^2 is about in / 12 on average; I for silence.
 
     total = trace C, directions (in, k), eigenvalues (k,) -> gain (1,), P (in, k):  G = gain I - P P^T.
     """
     n, k = directions.shape
-    if total == 0:  # nothing to go by
+    if total < 1e-30:  # nothing to go by
         return torch.ones_like(eigenvalues[:1]), torch.zeros_like(directions)
     rest, floor = (total - eigenvalues.sum()).clamp_min(0), damping * total / n
-    quiet = (rest / max(n - k, 1) + floor) ** -power
-    loud = torch.minimum((eigenvalues + floor) ** -power, quiet)  # the sketch makes eigenvalues a little too small
-    scale = (n / 12 / ((loud.square() * eigenvalues).sum() + quiet.square() * rest)).sqrt()
-    return (scale * quiet).reshape(1), directions * (scale * (quiet - loud)).sqrt()
+    gain = (rest / max(n - k, 1) + floor) ** -power
+    own = torch.minimum((eigenvalues + floor) ** -power, gain)  # the sketch makes eigenvalues a little too small
+    scale = (n / 12 / ((own.square() * eigenvalues).sum() + gain.square() * rest)).sqrt()
+    return (scale * gain).reshape(1), directions * (scale * (gain - own)).sqrt()
 
 def times_gain(rows, gain, directions):
     """rows (r, in) times G = gain I - P P^T, P = directions, without forming G."""
-    return torch.addmm(rows * gain, rows @ directions, directions.T, alpha=-1)
+    with torch.autocast(rows.device.type, enabled=False):  # a difference, small where inputs are loud
+        return torch.addmm(rows * gain, rows @ directions, directions.T, alpha=-1)
 
 TENSORS = ("lora_A", "lora_B", "start_A", "start_B", "gain", "directions")  # of an AiraLinear, and which go together:
 FORMS = ({"start_B", "lora_A", "gain", "directions"}, {"start_A", "lora_B"}, {"lora_A", "lora_B", "gain", "directions"},
@@ -340,17 +344,20 @@ class AiraLinear(nn.Module):
     def delta(self):
         """dW (out, in)."""
         B, A = self.factors()
-        return B @ A
+        with torch.autocast(B.device.type, enabled=False):
+            return B @ A
 
     def merged_weight(self):
         """W + dW, in the base's layout and dtype."""
-        delta = self.delta().T if is_conv1d(self.base) else self.delta()
+        delta = self.delta()
+        if is_conv1d(self.base):
+            delta = delta.T
         return (self.base.weight.to(delta.dtype) + delta).to(self.base.weight.dtype)
 
     @property
     def weight(self):
         """For stock modules that read a layer's weight instead of calling the layer: nn.MultiheadAttention, and
-        nn.TransformerEncoderLayer's fused path."""
+        nn.TransformerEncoderLayer's fused path.  Every read forms W + dW."""
         return self.merged_weight() if self.enabled else self.base.weight
 
     @property
@@ -399,6 +406,13 @@ def _matches(name, wanted):
     """Whether `wanted` is the module's name or its end after a dot, as in PEFT's target_modules."""
     return name == wanted or name.endswith("." + wanted)
 
+def _plain(name):
+    """A name without what torch.compile and activation checkpointing put into it when they wrap a part of the model."""
+    return name.replace("._orig_mod", "").replace("._checkpoint_wrapped_module", "")
+
+def _outermost(names):
+    return [name for name in names if not any(name != other and _inside(name, other) for other in names)]
+
 def _check_weight(name, layer):
     weight = layer._parameters.get("weight")
     if (weight is None or nn.parameter.is_lazy(weight) or weight.is_meta or hasattr(weight, "device_mesh")
@@ -415,6 +429,8 @@ def _find_layers(model, targets, also_train):
     """{name: layer} to adapt, and {name: reason} for those that could not or should not be."""
     if any(isinstance(module, AiraLinear) for module in model.modules()):
         raise ValueError("the model already has AIRA adapters: call merge_aira or remove_aira first")
+    if hasattr(model, "peft_config"):
+        raise ValueError("the model has PEFT adapters, whose layers would be adapted too: call merge_and_unload() first")
     if is_linear(model):
         raise ValueError(f"a bare {type(model).__name__} cannot be replaced in place: wrap it in nn.Sequential(layer)")
     # a weight with two owners is tied: merging would change the other one too
@@ -476,9 +492,10 @@ def _calibrate(model, layers, run, k):
 # layer's smaller side, min(in, out) r parameters, so that the same budget buys two to five times the rank; the SVD
 # fixes the other, wide factor (a fixed random A is LoRA-FA's idea).  dW is then linear in what is trained.
 #
-# A step of lr on B moves an output by about lr sum_i |A0_i x| ~ lr r / 2; one on lora_A by about lr in / 4 in each of r
-# directions B0, that is by lr |B0| sqrt(r / out) in / 4 if B0's columns have length |B0|.  |B0| = sqrt(r out) / in
-# makes that lr r / 4, in step with the other kind of layer whatever the widths, and ended lower than twice as much.
+# How long is B0?  A step of lr on lora_B moves an output by about lr sum_i |A0_i x| ~ lr r / 2.  One on lora_A moves
+# each of r coordinates by about lr in / 4, and so the outputs by |B0| sqrt(r / out) lr in / 4 (RMS), if B0's columns have
+# length |B0|.  |B0| = sqrt(r out) / in makes that lr r / 4: half of the other, whatever the widths.  Equal steps were
+# worse, and with |B0| = 1.4 a model of twice the width wanted half the rate.
 
 def _build(layer, seen, rank, init, amplify):
     """The adapter of one layer, from its Statistics."""
@@ -524,21 +541,26 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="narrow", im
     targets      names of layers or their endings, as "q_proj".  None: every nn.Linear and Conv1D except Hugging Face's
                  output head, those in also_train, tied weights, and out_proj of nn.MultiheadAttention
     init         "narrow": a layer's wide factor comes from the SVD and stays, its narrow one is trained; the budget buys
-                 two to five times LoRA's rank, and convergence was fastest (README).
+                 two to five times LoRA's rank, and convergence was fastest (README).  A layer with few outputs or
+                 inputs, as a small head, then has few directions to move in: put it in also_train.
                  "subspace": A comes from the SVD, B is zero, both are trained; a LoRA of average rank `rank`.
                  "svd": the paper's start, both come from the weighted SVD and are trained; exports at twice its rank
     importance   "uniform" (equal ranks), "outlier" (mass), "fraction" (OWL's, threshold 5), "activation" (mean ||y||)
     allocate     "knapsack" (exact) or "greedy"
     min_rank, max_rank      bounds on every layer's rank; max_rank=None is min(in, out)
     also_train   names of modules or their endings that are trained in full and saved along: a new head, norms
-    amplify      power p of the gain G ~ C^-p; 0 turns amplification off, and G just scales inputs to unit size
+    amplify      power p of the gain G ~ C^-p; 0 turns amplification off, and G just scales inputs to one size
     directions   k, the number of principal directions that G tells apart
 
     Call it before the optimizer is built and before torch.compile, DDP or fully_shard; under torch.distributed on all
     processes, each with its own batches.  Bad input raises ValueError or TypeError and leaves the model as it was.
     """
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     targets = (targets,) if isinstance(targets, str) else targets
-    also_train = (also_train,) if isinstance(also_train, str) else also_train
+    also_train = (also_train,) if isinstance(also_train, str) else also_train or ()
+    for name in (*(targets or ()), *also_train):
+        if not (isinstance(name, str) and name):
+            raise ValueError(f"targets={targets}, also_train={also_train} must be names of modules, or their endings")
     for name, value, least in (("rank", rank, 1), ("min_rank", min_rank, 1), ("directions", directions, 1),
                                ("max_rank", min_rank if max_rank is None else max_rank, min_rank)):
         if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
@@ -551,12 +573,18 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="narrow", im
         raise ValueError(f"amplify={amplify!r} must be a number in 0 .. 1")
     if not (calibrate is None or callable(calibrate)):
         raise ValueError(f"calibrate is a {type(calibrate)} and must be callable, as lambda: [model(x) for x in data]")
-    trained = [name for name, _ in model.named_modules() if any(_matches(name, wanted) for wanted in also_train)]
-    missed = [wanted for wanted in also_train if not any(_matches(name, wanted) for name in trained)]
+    trained = _outermost([name for name, _ in model.named_modules()
+                          if any(_matches(name, wanted) for wanted in also_train)])
+    missed = [wanted for wanted in also_train if not any(_matches(name, wanted) for name, _ in model.named_modules())]
     if missed:
         raise ValueError(f"also_train={missed} match no module; the model has {list(dict(model.named_children()))}")
 
     layers, skipped = _find_layers(model, targets, trained)
+    moving = [name for name, module in model.named_modules() if getattr(module, "running_mean", None) is not None
+              and not any(_inside(name, also) for also in trained)]
+    if moving:
+        warnings.warn(f"the running statistics of {moving} move in training, and neither aira_state_dict nor remove_aira "
+                      "knows of them: name them in also_train, or keep them in eval mode", stacklevel=2)
     if calibrate is None:
         warnings.warn("apply_aira without calibrate: all channels weigh the same, nothing is amplified", stacklevel=2)
     statistics = _calibrate(model, layers, calibrate, directions)
@@ -566,7 +594,8 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="narrow", im
     # equal ranks are optimal if a layer's importance is its cost: a unit's worth per parameter is then log((r + 1) / r)
     scores = costs if importance == "uniform" else [IMPORTANCE[importance](weight, statistics[name])
                                                     for name, weight in weights.items()]
-    budget, most = rank * sum(sum(w.shape) for w in weights.values()), math.inf if max_rank is None else max_rank
+    budget = rank * sum(sum(weight.shape) for weight in weights.values())
+    most = math.inf if max_rank is None else max_rank
     ranks = ALLOCATE[allocate](scores, costs, budget, min_rank, [min(*w.shape, most) for w in weights.values()])
 
     swap, rows, fixed = {}, [], 0
@@ -577,7 +606,7 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="narrow", im
         if len(layers) > 50:
             end = "\n" if len(rows) == len(layers) else ""
             print(f"\raira: layer {len(rows)} of {len(layers)}", end=end, file=sys.stderr, flush=True)
-    _attach(model, swap, trained)  # nothing was changed before this line, and nothing can fail in it
+    _attach(model, swap, trained)  # nothing was changed before this line
     return Report(rows, budget, fixed, skipped)
 
 # ---- 6. Merge, remove, save, load, export --------------------------------------------------------------------------
@@ -599,16 +628,14 @@ def _adapted(model):
     if not roots:
         raise ValueError(f"this {type(model).__name__} has no AIRA adapters: call apply_aira or load_aira first "
                          "(merged or removed already? save before merging)")
-    # names as in state_dict, from which activation checkpointing's wrapper takes itself out
-    return roots[0], {name.replace("._checkpoint_wrapped_module", ""): layer
-                      for name, layer in roots[0].named_modules() if isinstance(layer, AiraLinear)}
+    return roots[0], {_plain(name): m for name, m in roots[0].named_modules() if isinstance(m, AiraLinear)}
 
 def remove_aira(model):
     """Take the adapters off and give back exactly the model that went in (also_train keeps what it learned)."""
     model, adapters = _adapted(model)
     _replace(model, {id(adapter): adapter.base for adapter in adapters.values()})
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = name in model._aira["trainable"]
+        parameter.requires_grad = _plain(name) in model._aira["trainable"]
     del model._aira
 
 @torch.no_grad()
@@ -642,8 +669,8 @@ def aira_state_dict(model):
     model, adapters = _adapted(model)
     own = {f"{name}.{tensor}" for name in adapters for tensor in TENSORS}
     also = model._aira["also_train"]
-    state = {key: t.detach() for key, t in model.state_dict().items()
-             if key in own or any(_inside(key, n) for n in also)}
+    state = {_plain(key): t.detach() for key, t in model.state_dict().items()}
+    state = {key: t for key, t in state.items() if key in own or any(_inside(key, name) for name in also)}
     state = {key: t.full_tensor() if hasattr(t, "full_tensor") else t for key, t in state.items()}  # FSDP2: gather
     return {**state, "aira.tensors": torch.tensor(len(state))}
 
@@ -651,6 +678,7 @@ def aira_state_dict(model):
 def load_aira(model, state):
     """Put the adapters of an aira_state_dict on an untouched base: no calibration, no decomposition; ranks come from
     the tensors' shapes.  What is missing, unexpected, misshapen or not finite raises ValueError and changes nothing."""
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     if any("_aira" in module.__dict__ for module in model.modules()):
         raise ValueError("the model already has AIRA adapters: call remove_aira first")
     if not (isinstance(state, dict) and all(isinstance(tensor, torch.Tensor) for tensor in state.values())):
@@ -685,7 +713,7 @@ def load_aira(model, state):
     if problems:
         raise ValueError(f"the state does not fit this model ({len(problems)} faults): {'; '.join(problems[:5])}")
     swap = {id(modules[name]): AiraLinear(modules[name], **part) for name, part in parts.items()}
-    also_train = sorted({key.rpartition(".")[0] for key in full})
+    also_train = _outermost(sorted({key.rpartition(".")[0] for key in full}))
     for key in full:
         own[key].copy_(state[key])
     _attach(model, swap, also_train)
@@ -695,15 +723,23 @@ def save_peft(model, directory):
     adapter_config.json and adapter_model.safetensors (.bin where safetensors is not installed).  Gains are folded in,
     every scale is 1, init="svd" exports twice its rank.  ValueError without adapters or for what PEFT can't express."""
     model, adapters = _adapted(model)
-    names, also = [name for name, _ in model.named_modules()], model._aira["also_train"]
-    everywhere = model.named_modules(remove_duplicate=False)
-    shared = [name for name, m in everywhere if isinstance(m, AiraLinear) and name not in adapters]
-    # PEFT takes modules_to_save by bare str.endswith: "classifier" would also be "pre_classifier".
-    caught = [name for name in names if name.endswith(tuple(also)) and not any(_inside(name, a) for a in also)]
-    if shared or caught:
-        raise ValueError(f"PEFT cannot express layers shared under a second name {shared}, nor modules whose name ends "
-                         f"like one of also_train {caught}: use merge_aira and save the whole model")
-    tensors = {key: tensor for key, tensor in model.state_dict().items() if any(_inside(key, name) for name in also)}
+    also = model._aira["also_train"]
+    modules = {_plain(name): module for name, module in model.named_modules(remove_duplicate=False)}
+    full = {id(p) for name in also for p in modules[name].parameters()}
+    faults = {
+        "layers shared under a second name": [
+            name for name, module in modules.items() if isinstance(module, AiraLinear) and name not in adapters],
+        # PEFT takes modules_to_save by bare str.endswith: "classifier" would also be "pre_classifier"
+        f"modules whose name ends like one of also_train={also}": [
+            name for name in modules if name.endswith(tuple(also)) and not any(_inside(name, a) for a in also)],
+        "weights tied to one in also_train": [
+            name for name, p in model.named_parameters(remove_duplicate=False)
+            if id(p) in full and not any(_inside(_plain(name), a) for a in also)]}
+    for fault, found in faults.items():
+        if found:
+            raise ValueError(f"PEFT cannot express {fault}, {found}: use merge_aira and save the whole model")
+    tensors = {_plain(key): tensor for key, tensor in model.state_dict().items()
+               if any(_inside(_plain(key), name) for name in also)}
     ranks = {}
     for name, adapter in adapters.items():
         B, A = adapter.factors()
@@ -711,7 +747,7 @@ def save_peft(model, directory):
         tensors.update({f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B})
     tensors = {f"base_model.model.{key}": tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
     targets = sorted(adapters)
-    if any(_matches(name, target) for name in names if name not in adapters for target in targets):
+    if any(_matches(name, target) for name in modules if name not in adapters for target in targets):
         targets = "|".join(map(re.escape, targets))  # a string is one regular expression, to be matched in full
     config = {"peft_type": "LORA", "r": max(ranks.values()), "lora_alpha": max(ranks.values()), "rank_pattern": ranks,
               "alpha_pattern": ranks, "target_modules": targets, "modules_to_save": also or None, "lora_dropout": 0.0,

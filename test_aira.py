@@ -731,6 +731,9 @@ BAD = [  # arguments, what was done to the model before, and the words that the 
     ({"importance": "owl"}, None, "owl outlier"),
     ({"allocate": "dp"}, None, "dp knapsack"),
     ({"also_train": ["head", "nrom"]}, None, "['nrom'] norm"),
+    ({"also_train": ""}, lambda model: None, "also_train=('',) names"),
+    ({"targets": [0]}, None, "targets=[0] names"),
+    ({}, lambda model: setattr(model, "peft_config", {}), "PEFT merge_and_unload"),
     ({"calibrate": [X]}, None, "list callable"),
     ({"calibrate": lambda: None}, None, "never 'up'"),
     ({}, lambda model: setattr(model, "forward", lambda x: model.up(NAN)), "'up' NaN"),
@@ -827,7 +830,7 @@ def test_train_eval_reloaded_exported_and_merged_agree(options, tmp_path, no_saf
     model = adapted(copy.deepcopy(base), x, train=5, **options)
     assert far(model(x), base(x), 0.1) and model.shared is model.again
     check_round_trips(base, model, x)
-    with pytest.raises(ValueError, match="again.*merge_aira"):  # PEFT adapts a shared layer under its first name only
+    with pytest.raises(ValueError, match="shared.*again.*merge_aira"):  # PEFT adapts a shared layer under its first name only
         save_peft(model, tmp_path)
     base.again = nn.Linear(10, 10).double()
     check_round_trips(base, adapted(copy.deepcopy(base), x, train=5, **options), x, tmp_path)
@@ -948,6 +951,25 @@ def test_peft_files_name_each_layer_unmistakably(tmp_path, no_safetensors):
     check_round_trips(base, model, x, tmp_path)
 
 
+def test_peft_cannot_have_one_of_two_tied_weights_in_full(tmp_path):
+    model = nn.Sequential(nn.Embedding(7, 10), nn.Linear(10, 10), nn.Linear(10, 7, bias=False))
+    model[2].weight = model[0].weight
+    ids = torch.arange(7)
+    apply_aira(model, lambda: model(ids), rank=2, also_train="2")
+    with pytest.raises(ValueError, match=r"tied.*\['0.weight'\].*merge_aira"):
+        save_peft(model, tmp_path)
+
+
+def test_names_in_also_train_may_lie_inside_each_other(tmp_path, no_safetensors):
+    base, x = nn.Sequential(OrderedDict(body=nn.Linear(10, 8), head=nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3)))), inputs()
+    model = adapted(copy.deepcopy(base.double()), x, train=3, also_train=["head", "head.1"])
+    check_round_trips(base, model, x, tmp_path)
+    load_aira(base, aira_state_dict(model))
+    for one in (model, base):
+        save_peft(one, tmp_path)
+        assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == ["head"] or one is base
+
+
 def test_peft_file_is_safetensors_where_that_is_installed(tmp_path, monkeypatch):
     fake, written = types.ModuleType("safetensors.torch"), {}
     fake.save_file = lambda tensors, path, metadata=None: written.update({path: tensors})
@@ -1010,6 +1032,60 @@ def test_activation_checkpointing_wrappers_do_not_hide_adapters_from_a_file():
     load_aira(base, aira_state_dict(model))
     x = inputs()
     close(base(x), model(x))
+
+
+def test_compiled_parts_and_wrappers_do_not_change_names(tmp_path, no_safetensors):
+    """apply_aira on torch.compile's wrapper, and torch.compile of single blocks afterwards."""
+    base, x = nn.Sequential(nn.Sequential(nn.Linear(10, 8)), nn.Linear(8, 8), nn.Linear(8, 3)).double(), inputs()
+    base[0][0].weight.requires_grad_(False)
+    flags = [p.requires_grad for p in base.parameters()]
+    for wrap in (True, False):
+        model = copy.deepcopy(base)
+        adapted(torch.compile(model, backend="eager") if wrap else model, x, train=3, also_train="2")
+        if not wrap:
+            model[0] = torch.compile(model[0], backend="eager")
+        fresh = copy.deepcopy(base)
+        load_aira(torch.compile(fresh, backend="eager") if wrap else fresh, aira_state_dict(model))
+        close(fresh(x), model(x))
+        save_peft(model, tmp_path)
+        close(plain_lora(base, tmp_path)(x), fresh(x))
+        remove_aira(model)
+        assert [p.requires_grad for p in model.parameters()] == flags
+
+
+def test_autocast_does_not_reach_the_adapters_own_sums():
+    """G is a difference, small in the direction that the inputs are loudest in: not for half precision."""
+    x = inputs(dtype=torch.float32) * torch.tensor([100.0] + 9 * [1])
+    model = adapted(nn.Sequential(nn.Linear(10, 12)), x, train=3)
+    (B, A), weight = model[0].factors(), model[0].weight
+    with torch.autocast("cpu", torch.bfloat16):
+        for inside, outside in zip((*model[0].factors(), model[0].weight), (B, A, weight)):
+            assert torch.equal(inside, outside)
+
+
+def test_apply_under_another_default_dtype_and_device(monkeypatch):
+    ranks = []
+    for dtype, device in ((torch.float32, "cpu"), (torch.float64, "cpu"), (torch.bfloat16, "meta")):
+        aira._omega.cache_clear()
+        model, x = Net(), inputs(dtype=torch.float32)
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                ranks.append([row.rank for row in apply_aira(model, lambda: model(x), importance="outlier").rows])
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert ranks[0] == ranks[1] == ranks[2]
+
+
+def test_batch_norms_outside_also_train_are_warned_of():
+    model = nn.Sequential(nn.Linear(10, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)).double()
+    with pytest.warns(UserWarning, match=r"\['1'\].*also_train"):
+        adapted(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        remove_aira(model)
+        adapted(model, also_train="1")
 
 
 def test_layers_called_by_keyword():
@@ -1418,6 +1494,7 @@ def compiler_works():
 def test_compile_without_graph_breaks(when, backend):
     if backend == "inductor" and not compiler_works():
         pytest.skip("inductor needs a C++ compiler")
+    torch._dynamo.reset()  # what other tests compiled counts towards its limit
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16), nn.GELU(), nn.Linear(16, 4))
     x, results = torch.randn(8, 16), []
