@@ -53,8 +53,8 @@ import torch.nn.functional as F
 @functools.lru_cache(8)
 def _omega(in_features, width):
     """Orthonormal columns (in, width), the same in all processes; the caller's random state stays as it is."""
-    noise = torch.randn(in_features, width, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
-    return torch.linalg.qr(noise)[0]
+    seeded = torch.Generator().manual_seed(0)
+    return torch.linalg.qr(torch.randn(in_features, width, generator=seeded, dtype=torch.float32, device="cpu"))[0]
 
 class Statistics:
     """Sums over one layer's tokens: O(k in) numbers, in float32, however many tokens pass."""
@@ -146,11 +146,12 @@ def _weighted_svd(weight, rms, rank, spare=16, rounds=3):
     return U[:, :rank], s[:rank], Vt[:rank], rms
 
 # ---- 3. Ranks ------------------------------------------------------------------------------------------------------
-# A rank-r adapter takes cost_l * r parameters, cost_l = in + out, and each further unit of rank is worth less:
+# A rank-r adapter trains cost_l * r parameters, cost_l = in + out, or min(in, out) where only one of its factors is
+# trained (see _build).  Each further unit of rank is worth less:
 #
 #     maximise  sum_l theta_l log r_l    subject to    sum_l cost_l r_l <= budget , min_rank <= r_l <= max_l , integers
 #
-# where theta_l is the importance of layer l (and cost_l = min(in, out) where only one factor is trained, see _build).  Departure: the released code solves this for real numbers with SciPy and
+# where theta_l is the importance of layer l.  Departure: the released code solves this for real numbers with SciPy and
 # truncates, which leaves part of the budget unspent.
 
 def outlier_score(weight, channel_rms, threshold=2.0):
@@ -430,7 +431,7 @@ def _find_layers(model, targets, also_train):
     if any(isinstance(module, AiraLinear) for module in model.modules()):
         raise ValueError("the model already has AIRA adapters: call merge_aira or remove_aira first")
     if hasattr(model, "peft_config"):
-        raise ValueError("the model has PEFT adapters, whose layers would be adapted too: call merge_and_unload() first")
+        raise ValueError("the model has PEFT adapters, which would be adapted too: call merge_and_unload() first")
     if is_linear(model):
         raise ValueError(f"a bare {type(model).__name__} cannot be replaced in place: wrap it in nn.Sequential(layer)")
     # a weight with two owners is tied: merging would change the other one too
@@ -493,9 +494,9 @@ def _calibrate(model, layers, run, k):
 # fixes the other, wide factor (a fixed random A is LoRA-FA's idea).  dW is then linear in what is trained.
 #
 # How long is B0?  A step of lr on lora_B moves an output by about lr sum_i |A0_i x| ~ lr r / 2.  One on lora_A moves
-# each of r coordinates by about lr in / 4, and so the outputs by |B0| sqrt(r / out) lr in / 4 (RMS), if B0's columns have
-# length |B0|.  |B0| = sqrt(r out) / in makes that lr r / 4: half of the other, whatever the widths.  Equal steps were
-# worse, and with |B0| = 1.4 a model of twice the width wanted half the rate.
+# each of r coordinates by about lr in / 4, and so the outputs by |B0| sqrt(r / out) lr in / 4 (RMS), if B0's columns
+# have length |B0|.  |B0| = sqrt(r out) / in makes that lr r / 4: half of the other, whatever the widths.  Equal steps
+# were worse, and with |B0| = 1.4 a model of twice the width wanted half the rate.
 
 def _build(layer, seen, rank, init, amplify):
     """The adapter of one layer, from its Statistics."""
@@ -540,8 +541,8 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="narrow", im
     rank         the budget of trained parameters is what LoRA of this rank would spend, sum_l (in + out)_l * rank
     targets      names of layers or their endings, as "q_proj".  None: every nn.Linear and Conv1D except Hugging Face's
                  output head, those in also_train, tied weights, and out_proj of nn.MultiheadAttention
-    init         "narrow": a layer's wide factor comes from the SVD and stays, its narrow one is trained; the budget buys
-                 two to five times LoRA's rank, and convergence was fastest (README).  A layer with few outputs or
+    init         "narrow": a layer's wide factor comes from the SVD and stays, its narrow one is trained; the budget
+                 buys two to five times LoRA's rank, and convergence was fastest (README).  A layer with few outputs or
                  inputs, as a small head, then has few directions to move in: put it in also_train.
                  "subspace": A comes from the SVD, B is zero, both are trained; a LoRA of average rank `rank`.
                  "svd": the paper's start, both come from the weighted SVD and are trained; exports at twice its rank
@@ -583,8 +584,8 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="narrow", im
     moving = [name for name, module in model.named_modules() if getattr(module, "running_mean", None) is not None
               and not any(_inside(name, also) for also in trained)]
     if moving:
-        warnings.warn(f"the running statistics of {moving} move in training, and neither aira_state_dict nor remove_aira "
-                      "knows of them: name them in also_train, or keep them in eval mode", stacklevel=2)
+        warnings.warn(f"the running statistics of {moving} move in training, and neither aira_state_dict nor "
+                      "remove_aira knows of them: name them in also_train, or keep them in eval mode", stacklevel=2)
     if calibrate is None:
         warnings.warn("apply_aira without calibrate: all channels weigh the same, nothing is amplified", stacklevel=2)
     statistics = _calibrate(model, layers, calibrate, directions)

@@ -830,7 +830,7 @@ def test_train_eval_reloaded_exported_and_merged_agree(options, tmp_path, no_saf
     model = adapted(copy.deepcopy(base), x, train=5, **options)
     assert far(model(x), base(x), 0.1) and model.shared is model.again
     check_round_trips(base, model, x)
-    with pytest.raises(ValueError, match="shared.*again.*merge_aira"):  # PEFT adapts a shared layer under its first name only
+    with pytest.raises(ValueError, match="shared.*again.*merge_aira"):  # PEFT adapts it under its first name only
         save_peft(model, tmp_path)
     base.again = nn.Linear(10, 10).double()
     check_round_trips(base, adapted(copy.deepcopy(base), x, train=5, **options), x, tmp_path)
@@ -961,8 +961,9 @@ def test_peft_cannot_have_one_of_two_tied_weights_in_full(tmp_path):
 
 
 def test_names_in_also_train_may_lie_inside_each_other(tmp_path, no_safetensors):
-    base, x = nn.Sequential(OrderedDict(body=nn.Linear(10, 8), head=nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3)))), inputs()
-    model = adapted(copy.deepcopy(base.double()), x, train=3, also_train=["head", "head.1"])
+    head, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3)), inputs()
+    base = nn.Sequential(OrderedDict(body=nn.Linear(10, 8), head=head)).double()
+    model = adapted(copy.deepcopy(base), x, train=3, also_train=["head", "head.1"])
     check_round_trips(base, model, x, tmp_path)
     load_aira(base, aira_state_dict(model))
     for one in (model, base):
