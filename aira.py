@@ -9,7 +9,7 @@ decide.  The parts of this file, the first four in the paper's order:
     2  start          an SVD of W, weighted by its inputs, gives the first factors
     3  ranks          which layer gets how much of plain LoRA's parameter budget (by default all the same rank)
     4  AiraLinear     training amplifies updates, in directions that the activations choose
-    5  apply_aira     puts it together, in place
+    5  apply_aira     puts it together, in place; by default it trains one factor of each layer and fixes the other
     6  merge, remove, save, load, export
 
 Usage, around an existing training loop:
