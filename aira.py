@@ -470,6 +470,8 @@ def _calibrate(model, layers, run, k):
             seen.output_norm = float(layers[name].weight.detach().float().norm())
         return statistics
     hooks, modes = [], [(module, module.training) for module in model.modules()]
+    fast = torch.backends.mha.get_fastpath_enabled()  # nn.TransformerEncoderLayer's kernel, which calls no layer
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         for name, layer in layers.items():
             hooks.append(layer.register_forward_hook(statistics[name].hook, with_kwargs=True))
@@ -477,6 +479,7 @@ def _calibrate(model, layers, run, k):
         with torch.no_grad(), torch.random.fork_rng(range(torch.cuda.device_count())):
             run()
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for hook in hooks:
             hook.remove()
         for module, mode in modes:

@@ -614,6 +614,7 @@ def test_encoder_layer_in_eval_uses_the_adapter_on_its_fast_path(monkeypatch):
     """The fused kernel reads linear1.weight and calls nothing: an adapter that only had forward would be ignored."""
     model, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0), torch.randn(3, 5, 8)
     report = apply_aira(model, lambda: model(x), rank=2)
+    assert torch.backends.mha.get_fastpath_enabled()  # off in calibration, as that kernel would bypass the hooks too
     assert [row.name for row in report.rows] == ["linear1", "linear2"] and "self_attn.out_proj" in report.skipped
     fit(model, x, 10)
     fused, calls = torch._transformer_encoder_layer_fwd, []
@@ -1568,13 +1569,16 @@ def learn(model, x, labels):
 def worker(rank, folder):
     """One of two processes: everything it finds goes to a file."""
     import torch.distributed as dist
-    from torch.distributed.fsdp import fully_shard
+    try:
+        from torch.distributed.fsdp import fully_shard
+    except ImportError:  # FSDP2 came to torch 2.6, and to CPUs
+        fully_shard = None
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     x, labels = DATA.chunk(2)[rank], LABELS.chunk(2)[rank]
     found = {}
     for init in INITS:
-        for kind in ("ddp", "fsdp"):
+        for kind in ("ddp", "fsdp") if fully_shard else ("ddp",):
             model = perceptron()
             report = apply_aira(model, lambda: model(x), rank=3, importance="outlier", directions=4, init=init)
             start = copy.deepcopy(aira_state_dict(model))
@@ -1590,8 +1594,8 @@ def worker(rank, folder):
             found[init, kind] = dict(rows=[tuple(row) for row in report.rows], start=start, losses=losses / 2,
                                      state={k: t.clone() for k, t in aira_state_dict(wrapped).items()})
     found["sharded"] = errors = []
-    for build in (lambda: fully_shard(perceptron()), lambda: perceptron().to("meta")):
-        model = build()
+    sharded = [fully_shard(perceptron())] if fully_shard else []
+    for model in (*sharded, perceptron().to("meta")):
         with pytest.raises(ValueError) as error:
             apply_aira(model, lambda: model(x))
         errors.append(str(error.value))
@@ -1610,6 +1614,8 @@ def two_processes(tmp_path_factory):
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_equal_one(two_processes, kind, init):
     """Each calibrated and trained on its own half of DATA; this process does it all."""
+    if (init, kind) not in two_processes[0]:
+        pytest.skip("fully_shard needs torch 2.6")
     model = perceptron()
     report = apply_aira(model, lambda: model(DATA), rank=3, importance="outlier", directions=4, init=init)
     start = copy.deepcopy(aira_state_dict(model))
