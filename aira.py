@@ -254,10 +254,9 @@ def knapsack_ranks(importance, costs, budget, min_rank, max_ranks):
 #
 # Which G?  A few directions carry nearly all the energy of the inputs; they drown the others in A x, and in grad(A).
 # With C = mean x x^T = Q diag(lambda) Q^T, G = C^-.5 whitens: all directions of G x are equally loud.  (A little is
-# added to lambda first, or the quietest directions would take over.)  The k loudest directions are kept and the rest
-# count as one average, so that G = gain I - P P^T with P (in, k): k * in numbers, and never a matrix.
-#
-# (P = Q_k diag(gain - g)^.5, where g, the k directions' own gains, are the smaller ones.)
+# added to lambda first, or the quietest directions would take over.)  The k loudest directions Q_k are kept and the
+# rest count as one average with one gain.  The loud ones' own gains are smaller, so that G = gain I - P P^T with
+# P = Q_k diag(gain - own)^.5, (in, k): k * in numbers, and never a matrix.
 #
 # How large?  LoRA draws A with variance 1 / (3 in), so |A_i x|^2 is about 1 / 3 where the inputs have unit RMS.  We
 # scale G so that |G x|^2 = in / 12 on average, whatever the inputs' RMS; then rows of length 2, A = 2 V^T G, have the
