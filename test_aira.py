@@ -1128,6 +1128,16 @@ def test_toy_on_two_processes_gives_the_losses_of_one(tmp_path):
         np.testing.assert_allclose(np.array(one["curve"])[:, 0], np.array(two["curve"])[:, 0], rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["gpt", "vit"])
+def test_toy_runs_every_method_and_each_is_another(kind):
+    methods = train_toy.METHODS if kind == "gpt" else ["LoRA", "AIRA", "full fine-tuning"]
+    runs = {name: train_toy.run((kind, 32, 2, 20, 8), name, 0.01, 1, rank=4, steps=10) for name in methods}
+    losses = [run["curve"][-1][0] for run in runs.values()]
+    assert np.isfinite(losses).all() and len(set(losses)) == len(methods)
+    for name, run in runs.items():
+        assert (run["trained"] == runs["LoRA"]["trained"]) != name.startswith(("full", "LoRA, 4")), name
+
+
 @pytest.mark.parametrize("package, call", [("matplotlib", lambda toy: toy.pyplot()),
                                            ("peft", lambda toy: toy.bench(32, 1, 4, 1))])
 def test_toy_says_which_optional_package_is_missing(package, call, monkeypatch):

@@ -247,7 +247,7 @@ def aira(random_start=False, **options):
     return apply
 
 
-def no_svd(weight, rms, rank, rounds):
+def no_svd(weight, rms, rank, **accuracy):
     """Random orthonormal factors in the place of the SVD's."""
     U, V = (torch.linalg.qr(torch.randn(n, rank))[0].to(weight) for n in weight.shape)
     return U, None, V.T, rms
