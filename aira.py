@@ -94,16 +94,24 @@ class Statistics:
 def principal_directions(sketch, omega, k):
     """The k largest eigenpairs of C from Y = C Omega alone (Nystrom approximation; Tropp et al., 2017):
 
-        C ~ Y (Omega^T Y)^-1 Y^T ,  Omega^T Y = V diag(v) V^T ,  Y V diag(v)^-.5 = U diag(s) R^T => C ~ U diag(s^2) U^T
+        C ~ Y (Omega^T Y)^-1 Y^T = E E^T ,     Omega^T Y = V diag(v) V^T ,  E = Y V diag(v)^-.5
+        E^T E = R diag(s) R^T  =>  C ~ U diag(s) U^T ,  U = E R diag(s)^-.5
 
     sketch = Y, omega (in, q), q >= k -> directions (in, k), orthonormal, eigenvalues (k,), falling.  Exact if q = in.
     """
     omega, sketch = omega.double(), sketch.double()
     shift = 1e-7 * sketch.norm() + 1e-30
     Y = sketch + shift * omega  # that of C + shift I, so that float32's rounding does not make it indefinite
-    v, V = torch.linalg.eigh((omega.T @ Y + Y.T @ omega) / 2)
-    U, s, _ = torch.linalg.svd(Y @ V * v.clamp_min(shift).rsqrt(), full_matrices=False)
-    return U[:, :k], (s[:k].square() - shift).clamp_min(0)
+    gram = omega.T @ Y
+    v, V = torch.linalg.eigh((gram + gram.T) / 2)
+    E = Y @ (V * v.clamp_min(shift).rsqrt())
+    s, R = _largest(E.T @ E, k)
+    return E @ (R * s.rsqrt()), (s - shift).clamp_min(0)
+
+def _largest(gram, k):
+    """The k largest eigenvalues, falling, and their eigenvectors."""
+    values, vectors = torch.linalg.eigh(gram)
+    return values[-k:].flip(0), vectors[:, -k:].flip(1)
 
 # ---- 2. Outlier-weighted SVD ---------------------------------------------------------------------------------------
 
@@ -124,26 +132,44 @@ def outlier_weighted_svd(weight, channel_rms, rank):
     if not 1 <= rank <= min(weight.shape) or channel_rms.shape != weight.shape[1:]:
         raise ValueError(f"rank={rank} and channel_rms {tuple(channel_rms.shape)} do not fit weight "
                          f"{tuple(weight.shape)}: use rank 1 .. {min(weight.shape)} and {weight.shape[1]} channels")
-    U, s, Vt, rms = _weighted_svd(weight, channel_rms, rank, spare=rank, rounds=8)  # within 1e-3 of the optimal error
+    V, image, rms = _weighted_svd(weight, channel_rms, rank, size=4 * rank + 64)
+    s = image.norm(dim=0)
     # A zero row of A could never train where B is zero too: so A's share of s has a floor, and B takes the rest of it.
     root = s.sqrt().clamp_min(1e-4 * s[0].sqrt()) if s[0] > 0 else torch.ones_like(s)
-    return U * (s / root), root[:, None] * Vt / rms
+    return image / root, (V * root).T / rms
 
-def _weighted_svd(weight, rms, rank, spare=16, rounds=3):
-    """U (out, r), s (r,), V^T (r, in) of the r largest singular values of W diag(rms), and rms with its floor.  Above
-    the size that is cheap, by `rounds` of a randomised iteration on r + spare directions, seeded."""
+def _weighted_svd(weight, rms, rank, size):
+    """The r largest parts of W S = U diag(s) V^T, S = diag(rms): V (in, r), W S V = U diag(s) (out, r), and rms, floored.
+
+    Where an SVD is not cheap, it is that of W S on a subspace of `size` directions, in blocks of 16 (randomised block
+    Krylov; Musco and Musco, 2015): X_0 random, and X_i+1 what S W^T W S X_i adds to X_0 .. X_i.
+    """
     dtype = torch.promote_types(weight.dtype, torch.float32)  # half precision has no SVD
     rms = rms.to(dtype)
     rms = rms.clamp_min(1e-4 * rms.mean()) if rms.any() else torch.ones_like(rms)
-    matrix = weight.detach().to(dtype, copy=True).mul_(rms)  # the only copy of the layer, gone on return
-    if min(matrix.shape) <= max(256, 4 * rank):
-        U, s, Vt = torch.linalg.svd(matrix, full_matrices=False)
-    else:
-        with torch.random.fork_rng(range(torch.cuda.device_count())):  # the caller's random state stays as it is
-            torch.manual_seed(0)
-            U, s, V = torch.svd_lowrank(matrix, q=rank + spare, niter=rounds)
-        Vt = V.T
-    return U[:, :rank], s[:rank], Vt[:rank], rms
+    smaller = min(weight.shape)
+    if smaller <= max(256, 4 * rank):
+        U, s, Vt = torch.linalg.svd(weight.detach().to(dtype) * rms, full_matrices=False)
+        return Vt[:rank].T, U[:, :rank] * s[:rank], rms
+    size = min(size, smaller) // 16 * 16
+    random = _omega(len(rms), size).to(weight.device, dtype)
+    basis, image = random.clone(), weight.new_empty(len(weight), size, dtype=dtype)  # X_0, X_1, ... and W S X_0, ...
+    for i in range(0, size, 16):
+        X = random[:, i:i + 16]
+        if i:
+            new = rms[:, None] * sum(y.T @ part for y, part in zip(Y, _parts(weight, dtype))).T
+            X = new + X * (1e-6 * new.norm() + 1e-30)  # where W S holds no more, go on at random
+            for _ in range(2):  # once leaves rounding
+                X = torch.linalg.qr(X - basis[:, :i] @ (basis[:, :i].T @ X))[0]
+        Y = [part @ (rms[:, None] * X) for part in _parts(weight, dtype)]
+        basis[:, i:i + 16], image[:, i:i + 16] = X, torch.cat(Y)
+    wide = image.double()
+    R = _largest(wide.T @ wide, rank)[1].to(dtype)
+    return basis @ R, image @ R, rms
+
+def _parts(weight, dtype):
+    """The rows, about a million numbers at a time: no copy of a whole layer, which may be large, in another dtype."""
+    return (part.to(dtype) for part in weight.detach().split(max(1, 2**20 // weight.shape[1])))
 
 # ---- 3. Ranks ------------------------------------------------------------------------------------------------------
 # A rank-r adapter trains cost_l * r parameters, cost_l = in + out, or min(in, out) where only one of its factors is
@@ -161,9 +187,15 @@ def outlier_score(weight, channel_rms, threshold=2.0):
 
     Departure: OWL uses the fraction, at threshold 5.  It is blind to a layer's size and scale.
     """
-    significance = weight.detach().float().abs() * channel_rms.float()
-    outliers = significance[significance > threshold * significance.mean()]
-    return float(outliers.double().sum()), outliers.numel() / significance.numel()
+    def significance():
+        return (part.abs() * channel_rms.float() for part in _parts(weight, torch.float32))
+
+    mean = sum(float(part.double().sum()) for part in significance()) / weight.numel()
+    mass = count = 0
+    for part in significance():
+        outliers = part[part > threshold * mean]
+        mass, count = mass + float(outliers.double().sum()), count + outliers.numel()
+    return mass, count / weight.numel()
 
 def _least_ranks(importance, costs, budget, min_rank, max_ranks):
     """Check the problem; return every layer's least rank, theta > 0, and what is left of the budget then."""
@@ -181,6 +213,12 @@ def _least_ranks(importance, costs, budget, min_rank, max_ranks):
         raise ValueError(f"budget={budget} is too small: min_rank={min_rank} takes {least}: raise it or lower min_rank")
     return ranks, theta, budget - least
 
+def _units(ranks, theta, max_ranks):
+    """Every unit of rank that could be bought: its layer, and its gain, theta log((r + 1) / r)."""
+    layer = np.repeat(np.arange(len(ranks)), np.subtract(max_ranks, ranks))
+    r = np.concatenate([np.arange(*bounds) for bounds in zip(ranks, max_ranks)])
+    return layer, theta[layer] * np.log1p(1 / r)
+
 def greedy_ranks(importance, costs, budget, min_rank, max_ranks):
     """Spend the budget one unit of rank at a time, where theta log((r + 1) / r) / cost is largest.
 
@@ -188,9 +226,8 @@ def greedy_ranks(importance, costs, budget, min_rank, max_ranks):
     of ints.  Optimal if all costs are equal.  ValueError for a budget below min_rank everywhere.
     """
     ranks, theta, left = _least_ranks(importance, costs, budget, min_rank, max_ranks)
-    layer = np.repeat(np.arange(len(ranks)), np.subtract(max_ranks, ranks))  # of every unit that could be bought
-    r = np.concatenate([np.arange(*bounds) for bounds in zip(ranks, max_ranks)])
-    density = theta[layer] * np.log1p(1 / r) / np.array(costs, dtype=float)[layer]
+    layer, gain = _units(ranks, theta, max_ranks)
+    density = gain / np.array(costs, dtype=float)[layer]
     for l in layer[np.argsort(-density, kind="stable")].tolist():
         if costs[l] <= left:  # else the layer is done, for `left` only shrinks
             ranks[l] += 1
@@ -214,12 +251,13 @@ def knapsack_ranks(importance, costs, budget, min_rank, max_ranks):
     # the best gain per parameter that greedy had to leave: a good price
     price = max((theta[l] * math.log1p(1 / r) / costs[l] for l, r in enumerate(greedy) if r < max_ranks[l]), default=0)
     classes, gap = [], price * left - theta @ np.log(np.divide(greedy, ranks))
+    layer, gain = _units(ranks, theta, max_ranks)
     for cost in sorted(set(costs)):
-        gains = sorted(((theta[l] * math.log1p(1 / r), l) for l in range(len(ranks)) if costs[l] == cost
-                        for r in range(ranks[l], max_ranks[l])), key=lambda gain: -gain[0])[: left // cost]
-        value = np.cumsum([0.0] + [gain for gain, _ in gains])
+        units = np.flatnonzero(np.equal(costs, cost)[layer])
+        units = units[np.argsort(-gain[units], kind="stable")][: left // cost]
+        value = np.concatenate([[0.0], np.cumsum(gain[units])])
         net = value - price * cost * np.arange(len(value))
-        classes.append((cost, [l for _, l in gains], value, net.max() - net))
+        classes.append((cost, layer[units], value, net.max() - net))
         gap += net.max()
     if gap <= 1e-13 * theta.sum():  # greedy has reached the bound, as it does for equal ranks
         return greedy
@@ -512,12 +550,13 @@ def _build(layer, seen, rank, init, amplify):
     if init == "svd":
         B, A = outlier_weighted_svd(weight, seen.rms, rank)
         return AiraLinear(layer, lora_A=lora_A, lora_B=lora_B, start_A=A, start_B=B, **G)
-    U, _, Vt, _ = _weighted_svd(weight, seen.rms, rank)
+    V, image, _ = _weighted_svd(weight, seen.rms, rank, size=max(64, rank + 16))
     if init == "subspace":
-        return AiraLinear(layer, lora_A=2 * Vt, lora_B=lora_B, **G)
+        return AiraLinear(layer, lora_A=2 * V.T, lora_B=lora_B, **G)
     if out_features >= in_features:
+        U = torch.linalg.qr(image)[0]  # image's columns, which are orthogonal, at length 1
         return AiraLinear(layer, lora_A=lora_A, start_B=U * math.sqrt(rank * out_features) / in_features, **G)
-    return AiraLinear(layer, lora_B=lora_B, start_A=times_gain(2 * Vt, gain, directions))
+    return AiraLinear(layer, lora_B=lora_B, start_A=times_gain(2 * V.T, gain, directions))
 
 def _replace(model, swap):
     """Put swap[id(module)] in the module's place, everywhere it hangs (a shared module hangs in several places)."""
