@@ -24,6 +24,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import aira
 import train_toy
@@ -253,6 +254,36 @@ def test_large_svd_is_within_a_thousandth_of_the_optimum_and_repeatable(spectrum
     assert all(map(torch.equal, (B, A), outlier_weighted_svd(W, rms, 8)))
 
 
+@pytest.mark.parametrize("spectrum", ["noise", "power law"])
+def test_the_fast_start_errs_no_more_than_the_one_that_peft_calls(spectrum):
+    """pissa_niter_4 is torch.svd_lowrank with q = rank and niter = 4."""
+    u, v = (torch.linalg.qr(torch.randn(n, 512))[0] for n in (768, 512))
+    W = torch.randn(768, 512) if spectrum == "noise" else u * torch.arange(1, 513.0) ** -1 @ v.T
+    V, image, _ = aira._weighted_svd(W, torch.ones(512), 16, size=64)  # as _build asks for at rank 16
+    U, s, peft_V = torch.svd_lowrank(W, q=16, niter=4)
+    assert (W - image @ V.T).norm() <= (W - U * s @ peft_V.T).norm()
+    close(image, W @ V, 1e-4)
+    close(V.T @ V, torch.eye(16), 1e-5)
+
+
+@pytest.mark.parametrize("true_rank", [0, 3, 40])
+def test_fast_svd_where_the_weight_has_less_rank_than_asked_for(true_rank):
+    """No dead direction then: the rest is random and orthonormal, and the adapter trains."""
+    layer, x = nn.Linear(300, 320, bias=False), torch.randn(64, 300)
+    layer.weight.data = torch.randn(320, true_rank) @ torch.randn(true_rank, 300)
+    s = torch.linalg.svdvals(layer.weight.detach())
+    V, image, _ = aira._weighted_svd(layer.weight, torch.ones(300), 48, size=64)
+    close(V.T @ V, torch.eye(48), 1e-5)
+    close(image.norm(dim=0), s[:48], 1e-2)
+    close(image @ V.T, layer.weight, 1e-2)
+    model = nn.Sequential(layer)
+    apply_aira(model, lambda: model(x), rank=20)
+    B0 = model[0].start_B
+    close(B0.T @ B0 / B0[:, 0].square().sum(), torch.eye(B0.shape[1]), 1e-5)
+    model(x).square().sum().add(model(x).sum()).backward()
+    assert (model[0].lora_A.grad.norm(dim=1) > 0).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_svd_with_dead_channels_and_in_half_precision(dtype):
     """A channel that never fired has no say; if none fired, it is the plain SVD."""
@@ -279,6 +310,10 @@ def test_outlier_score_by_hand():
     assert outlier_score(W, rms, threshold=1) == (11, 2 / 6)
     assert outlier_score(W, rms, threshold=5) == (0, 0) == outlier_score(torch.zeros(2, 3), rms)
     assert outlier_score(10 * W.bfloat16(), rms) == (80, 1 / 6)  # the mass has a scale, the fraction has none
+    W, rms = torch.randn(2001, 1000), torch.rand(1000)  # more than one part
+    A = (W.double().abs() * rms.double()).numpy()
+    outliers = A[A > 3 * A.mean()]
+    assert outlier_score(W, rms, 3) == pytest.approx((outliers.sum(), outliers.size / A.size), rel=1e-4)
 
 
 def value_of(ranks, importance):
@@ -1146,6 +1181,16 @@ def test_toy_says_which_optional_package_is_missing(package, call, monkeypatch):
         call(train_toy)
 
 
+def test_toy_trains_a_new_head_at_a_rate_of_its_own():
+    """At rate 0 only the ViT's head moves; without a new head, as in pretraining and on the GPT, nothing does."""
+    task = "vit", 32, 1, 20, 32
+    model, draw, held_out, _ = train_toy.prepare(*task)
+    for held, moved in ((held_out, {"head.weight", "head.bias"}), (None, set())):
+        new = copy.deepcopy(model)
+        train_toy.fit(new, draw, 0.0, 3, 32, 1, held)
+        assert {name for (name, a), b in zip(new.named_parameters(), model.parameters()) if not a.equal(b)} == moved
+
+
 def test_toy_steps_to_a_loss_lie_on_straight_lines_between_the_points():
     every = train_toy.EVERY
     assert train_toy.steps_to([3.0, 2.0, 1.0], 1.5) == 2.5 * every
@@ -1672,3 +1717,22 @@ def test_statistics_keep_no_activations():
 
     apply_aira(model, calibrate, directions=k)
     assert held[0] == held[-1] <= 3 * (2 * width * (k + 16) + 2 * width + 100)
+
+
+@pytest.mark.parametrize("options", [{}, {"init": "subspace"}, {"init": "svd"}, {"importance": "outlier"}], ids=str)
+def test_apply_makes_no_copy_of_a_large_layer(options):
+    """In half precision: a float32 copy would be the dearest thing in the set-up of a 7B model."""
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.data_ptr() != model[0].weight.data_ptr():
+                self.numel = max(self.numel, result.numel())
+            return result
+
+    model = nn.Sequential(nn.Linear(1000, 8000, dtype=torch.bfloat16))
+    x = torch.randn(30, 1000).bfloat16()
+    with Largest() as largest:
+        apply_aira(model, lambda: model(x), rank=4, **options)
+    assert 2**19 < largest.numel <= 2**20 < 8000 * 1000 / 4
