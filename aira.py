@@ -46,9 +46,9 @@ import torch.nn.functional as F
 # One pass over the calibration batches.  Of a layer's inputs x_1 .. x_N (its "tokens") we keep running sums only:
 #
 #     rms_j = sqrt(mean_n x_nj^2)          loudness of input channel j                                   (in,)
-#     C Omega,  C = mean_n x_n x_n^T       their second moment, seen through a random narrow Omega: enough to find
+#     C Omega,  C = mean_n x_n x_n^T       their second moment times a fixed random Omega (in, k + 16): enough to find
 #                                          the k directions in which the inputs are loudest              (in, k + 16)
-#     mean_n ||y_n||_2                     the output's size, the released code's default importance     a number
+#     mean_n ||y_n||_2                     the output's size, which may serve as importance in part 3    a number
 
 @functools.lru_cache(8)
 def _omega(in_features, width):
@@ -101,17 +101,12 @@ def principal_directions(sketch, omega, k):
     """
     omega, sketch = omega.double(), sketch.double()
     shift = 1e-7 * sketch.norm() + 1e-30
-    Y = sketch + shift * omega  # that of C + shift I, so that float32's rounding does not make it indefinite
+    Y = sketch + shift * omega  # = (C + shift I) Omega: positive definite in spite of float32's rounding
     gram = omega.T @ Y
     v, V = torch.linalg.eigh((gram + gram.T) / 2)
     E = Y @ (V * v.clamp_min(shift).rsqrt())
-    s, R = _largest(E.T @ E, k)
+    s, R = (t[..., -k:].flip(-1) for t in torch.linalg.eigh(E.T @ E))  # eigh's values rise
     return E @ (R * s.rsqrt()), (s - shift).clamp_min(0)
-
-def _largest(gram, k):
-    """The k largest eigenvalues, falling, and their eigenvectors."""
-    values, vectors = torch.linalg.eigh(gram)
-    return values[-k:].flip(0), vectors[:, -k:].flip(1)
 
 # ---- 2. Outlier-weighted SVD ---------------------------------------------------------------------------------------
 
@@ -123,15 +118,17 @@ def outlier_weighted_svd(weight, channel_rms, rank):
         minimise ||(W - B A) S||_F   =>   W S = U diag(s) V^T ,   B = U_r diag(s_r)^.5 ,   A = diag(s_r)^.5 V_r^T S^-1
 
     is the optimum among all rank-r pairs (Eckart-Young).  weight (out, in), channel_rms (in,) -> B (out, rank),
-    A (rank, in), in at least float32.  Silent channels count as 1e-4 of the mean, so that S^-1 is finite.  Exact for a
-    smaller side up to 256 or 4 rank, above it randomised but seeded.  ValueError for a rank or channel_rms that do not
-    fit.
+    A (rank, in), in at least float32.  Channels below 1e-4 of the mean count as that, so that S^-1 is finite.  Exact
+    for a smaller side up to 256 or 4 rank, above it randomised but seeded and within 1e-3 of the optimal error.
+    ValueError for a rank or channel_rms that do not fit, and for NaN or inf.
 
     Departure: the released code decomposes the unweighted W, and slices torch.svd's V as if it were V^T.
     """
     if not 1 <= rank <= min(weight.shape) or channel_rms.shape != weight.shape[1:]:
         raise ValueError(f"rank={rank} and channel_rms {tuple(channel_rms.shape)} do not fit weight "
                          f"{tuple(weight.shape)}: use rank 1 .. {min(weight.shape)} and {weight.shape[1]} channels")
+    if not torch.stack([*weight.detach().aminmax(), channel_rms.sum().to(weight)]).isfinite().all():
+        raise ValueError("weight or channel_rms has NaN or inf: mend the checkpoint or the calibration batches")
     V, image, rms = _weighted_svd(weight, channel_rms, rank, size=4 * rank + 64)
     s = image.norm(dim=0)
     # A zero row of A could never train where B is zero too: so A's share of s has a floor, and B takes the rest of it.
@@ -139,10 +136,11 @@ def outlier_weighted_svd(weight, channel_rms, rank):
     return image / root, (V * root).T / rms
 
 def _weighted_svd(weight, rms, rank, size):
-    """The r largest parts of W S = U diag(s) V^T, S = diag(rms): V (in, r), W S V = U diag(s) (out, r), and rms, floored.
+    """The r largest parts of W S = U diag(s) V^T, S = diag(rms): V (in, r), W S V = U diag(s) (out, r); rms, floored.
 
-    Where an SVD is not cheap, it is that of W S on a subspace of `size` directions, in blocks of 16 (randomised block
-    Krylov; Musco and Musco, 2015): X_0 random, and X_i+1 what S W^T W S X_i adds to X_0 .. X_i.
+    Where an SVD is not cheap, it is found inside a subspace with orthonormal basis Q (in, size, rounded down to 16s):
+    the SVD W S Q = U diag(s) R^T gives V = Q R.  Q = [X_0 X_1 ..], 16 columns each: X_0 random, X_i+1 the part of
+    S W^T W S X_i that is new to X_0 .. X_i (randomised block Krylov; Musco and Musco, 2015).
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)  # half precision has no SVD
     rms = rms.to(dtype)
@@ -152,20 +150,20 @@ def _weighted_svd(weight, rms, rank, size):
         U, s, Vt = torch.linalg.svd(weight.detach().to(dtype) * rms, full_matrices=False)
         return Vt[:rank].T, U[:, :rank] * s[:rank], rms
     size = min(size, smaller) // 16 * 16
-    random = _omega(len(rms), size).to(weight.device, dtype)
-    basis, image = random.clone(), weight.new_empty(len(weight), size, dtype=dtype)  # X_0, X_1, ... and W S X_0, ...
+    Q = _omega(len(rms), size).to(weight.device, dtype, copy=True)  # random, until X_i takes its columns' place
+    image = weight.new_empty(len(weight), size, dtype=dtype)  # W S Q
     for i in range(0, size, 16):
-        X = random[:, i:i + 16]
+        X = Q[:, i:i + 16]
         if i:
             new = rms[:, None] * sum(y.T @ part for y, part in zip(Y, _parts(weight, dtype))).T
-            X = new + X * (1e-6 * new.norm() + 1e-30)  # where W S holds no more, go on at random
-            for _ in range(2):  # once leaves rounding
-                X = torch.linalg.qr(X - basis[:, :i] @ (basis[:, :i].T @ X))[0]
+            X = new / new.abs().max().clamp_min(1e-30) + 1e-6 * X  # where W S holds no more, go on at random
+            for _ in range(2):  # a second time, for the first one's rounding
+                X = torch.linalg.qr(X - Q[:, :i] @ (Q[:, :i].T @ X))[0]
         Y = [part @ (rms[:, None] * X) for part in _parts(weight, dtype)]
-        basis[:, i:i + 16], image[:, i:i + 16] = X, torch.cat(Y)
+        Q[:, i:i + 16], image[:, i:i + 16] = X, torch.cat(Y)
     wide = image.double()
-    R = _largest(wide.T @ wide, rank)[1].to(dtype)
-    return basis @ R, image @ R, rms
+    R = torch.linalg.eigh(wide.T @ wide)[1][:, -rank:].flip(-1).to(dtype)
+    return Q @ R, image @ R, rms
 
 def _parts(weight, dtype):
     """The rows, about a million numbers at a time: no copy of a whole layer, which may be large, in another dtype."""
@@ -185,7 +183,7 @@ def outlier_score(weight, channel_rms, threshold=2.0):
     `threshold` times the mean.  weight (out, in), channel_rms (in,) -> (mass, fraction): the sum of the outliers'
     significance, in units of activation, and their share of the entries, 0 .. 1.
 
-    Departure: OWL uses the fraction, at threshold 5.  It is blind to a layer's size and scale.
+    Departure: OWL uses the fraction, at threshold 5.  That is blind to a layer's size and scale; the mass is not.
     """
     def significance():
         return (part.abs() * channel_rms.float() for part in _parts(weight, torch.float32))
@@ -206,7 +204,7 @@ def _least_ranks(importance, costs, budget, min_rank, max_ranks):
         raise ValueError(f"importance={importance} must be finite and >= 0; min_rank={min_rank}, costs={costs} and "
                          f"max_ranks={max_ranks} must be >= 1")
     # A layer of no importance grows last; if none has any, all count the same.
-    theta = np.maximum(theta, 1e-9 * theta.max()) if theta.any() else np.ones_like(theta)
+    theta = np.maximum(theta / theta.max(), 1e-9) if theta.any() else np.ones_like(theta)
     ranks = [min(min_rank, most) for most in max_ranks]
     least = sum(cost * r for cost, r in zip(costs, ranks))
     if least > budget:
@@ -227,8 +225,7 @@ def greedy_ranks(importance, costs, budget, min_rank, max_ranks):
     """
     ranks, theta, left = _least_ranks(importance, costs, budget, min_rank, max_ranks)
     layer, gain = _units(ranks, theta, max_ranks)
-    density = gain / np.array(costs, dtype=float)[layer]
-    for l in layer[np.argsort(-density, kind="stable")].tolist():
+    for l in layer[np.argsort(-gain / np.asarray(costs)[layer], kind="stable")].tolist():
         if costs[l] <= left:  # else the layer is done, for `left` only shrinks
             ranks[l] += 1
             left -= costs[l]
@@ -244,13 +241,13 @@ def knapsack_ranks(importance, costs, budget, min_rank, max_ranks):
     To keep those few, most n are ruled out first.  Charge a price for every parameter.  The value of any choice within
     the budget is then at most  price * budget + sum_classes max_n (value[n] - price cost n) , and each class' n takes
     off this bound what it falls short of its max.  Greedy falls short of the bound by some gap, usually a small one; so
-    no n that falls short by more than the gap on its own is part of the optimum.
+    neither an n, nor a choice so far, that falls short by more than the gap can be part of the optimum.
     """
     ranks, theta, left = _least_ranks(importance, costs, budget, min_rank, max_ranks)
     greedy = greedy_ranks(importance, costs, budget, min_rank, max_ranks)
     # the best gain per parameter that greedy had to leave: a good price
     price = max((theta[l] * math.log1p(1 / r) / costs[l] for l, r in enumerate(greedy) if r < max_ranks[l]), default=0)
-    classes, gap = [], price * left - theta @ np.log(np.divide(greedy, ranks))
+    classes, gap = [], price * left - theta @ np.log(np.divide(greedy, ranks))  # the classes' maxima come on top
     layer, gain = _units(ranks, theta, max_ranks)
     for cost in sorted(set(costs)):
         units = np.flatnonzero(np.equal(costs, cost)[layer])
@@ -296,9 +293,10 @@ def knapsack_ranks(importance, costs, budget, min_rank, max_ranks):
 # rest count as one average with one gain.  The loud ones' own gains are smaller, so that G = gain I - P P^T with
 # P = Q_k diag(gain - own)^.5, (in, k): k * in numbers, and never a matrix.
 #
-# How large?  LoRA draws A with variance 1 / (3 in), so |A_i x|^2 is about 1 / 3 where the inputs have unit RMS.  We
-# scale G so that |G x|^2 = in / 12 on average, whatever the inputs' RMS; then rows of length 2, A = 2 V^T G, have the
-# same 1 / 3.  Rows of length 1 and twice the G would start alike and step twice as far: that diverged at high rates.
+# How large?  LoRA draws A's entries with variance 1 / (3 in), so that (A_i x)^2, A_i a row, is about 1 / 3 for inputs
+# of unit RMS.  We scale G so that |G x|^2 = in / 12 on average, whatever the inputs' RMS; then rows of length 2, as
+# A = 2 V^T G with part 2's V, have the same 1 / 3.  Rows of length 1 and twice the G would start alike and step twice
+# as far: that diverged at high rates.
 #
 # Departure: this amplifies quiet directions, where the abstract speaks of significant weights: amplifying loud inputs
 # with a diagonal G slowed convergence in a prototype.  And the released code multiplies the adapter's output by a gate
@@ -308,7 +306,8 @@ def knapsack_ranks(importance, costs, budget, min_rank, max_ranks):
 def input_gain(total, directions, eigenvalues, power, damping=0.1):
     """G ~ (C + damping * mean(lambda) I)^-power, scaled so that |G x|^2 is about in / 12 on average; I for silence.
 
-    total = trace C, directions (in, k), eigenvalues (k,) -> gain (1,), P (in, k):  G = gain I - P P^T.
+    total = trace C, directions (in, k), eigenvalues (k,) -> gain (1,), P (in, k):  G = gain I - P P^T, with eigenvalues
+    `own` in the directions and `gain` elsewhere.  ValueError for inputs so quiet or loud that G is out of range.
     """
     n, k = directions.shape
     if total < 1e-30:  # nothing to go by
@@ -317,6 +316,8 @@ def input_gain(total, directions, eigenvalues, power, damping=0.1):
     gain = (rest / max(n - k, 1) + floor) ** -power
     own = torch.minimum((eigenvalues + floor) ** -power, gain)  # the sketch makes eigenvalues a little too small
     scale = (n / 12 / ((own.square() * eigenvalues).sum() + gain.square() * rest)).sqrt()
+    if not 0 < scale < math.inf:
+        raise ValueError(f"inputs of RMS {float(total / n) ** 0.5:.0e} are out of range at amplify={power}: lower it")
     return (scale * gain).reshape(1), directions * (scale * (gain - own)).sqrt()
 
 def times_gain(rows, gain, directions):
@@ -324,7 +325,8 @@ def times_gain(rows, gain, directions):
     with torch.autocast(rows.device.type, enabled=False):  # a difference, small where inputs are loud
         return torch.addmm(rows * gain, rows @ directions, directions.T, alpha=-1)
 
-TENSORS = ("lora_A", "lora_B", "start_A", "start_B", "gain", "directions")  # of an AiraLinear, and which go together:
+# The tensors of an AiraLinear, and which of them go together, in the order of its docstring's table
+TENSORS = ("lora_A", "lora_B", "start_A", "start_B", "gain", "directions")
 FORMS = ({"start_B", "lora_A", "gain", "directions"}, {"start_A", "lora_B"}, {"lora_A", "lora_B", "gain", "directions"},
          set(TENSORS))
 
@@ -340,7 +342,7 @@ class AiraLinear(nn.Module):
     Which of them there are depends on init, and what is missing counts as zero:
 
     "narrow"      out >= in:  start_B and lora_A,  dW = B0 lora_A G        lora_A is zero at the start
-                  out < in:   start_A and lora_B,  dW = lora_B A0          lora_B is zero at the start
+                  out < in:   start_A and lora_B,  dW = lora_B A0          lora_B is zero at the start, A0 = 2 V^T G
     "subspace"    lora_A and lora_B,               dW = lora_B lora_A G    lora_B is zero at the start, as in LoRA
     "svd"         all four,  dW = (B0 + lora_B) (A0 + lora_A G) - B0 A0    both are zero at the start
 
@@ -418,7 +420,8 @@ def is_linear(module):
 
 # ---- 5. apply_aira -------------------------------------------------------------------------------------------------
 
-Row = namedtuple("Row", "name shape tokens score rank parameters")  # of a layer; shape (out, in), score its importance
+# of a layer; shape (out, in), score its importance (its cost where that is "uniform")
+Row = namedtuple("Row", "name shape tokens score rank parameters")
 
 class Report(namedtuple("Report", "rows budget fixed skipped")):
     """What apply_aira did, printed as a table: [Row], the budget in trained parameters, how many numbers the adapters
@@ -442,6 +445,7 @@ def _inside(name, module):
 
 def _matches(name, wanted):
     """Whether `wanted` is the module's name or its end after a dot, as in PEFT's target_modules."""
+    name = _plain(name)
     return name == wanted or name.endswith("." + wanted)
 
 def _plain(name):
@@ -480,7 +484,7 @@ def _find_layers(model, targets, also_train):
         parent = model.get_submodule(name.rpartition(".")[0])
         if targets is not None and not any(_matches(name, target) for target in targets):
             continue
-        if any(_inside(name, trained) for trained in also_train):
+        if any(_inside(_plain(name), trained) for trained in also_train):
             skipped[name] = "it is in also_train"
         elif owners[id(module._parameters.get("weight"))] > 1:
             skipped[name] = "its weight is tied"
@@ -533,10 +537,10 @@ def _calibrate(model, layers, run, k):
 # layer's smaller side, min(in, out) r parameters, so that the same budget buys two to five times the rank; the SVD
 # fixes the other, wide factor (a fixed random A is LoRA-FA's idea).  dW is then linear in what is trained.
 #
-# How long is B0?  A step of lr on lora_B moves an output by about lr sum_i |A0_i x| ~ lr r / 2.  One on lora_A moves
-# each of r coordinates by about lr in / 4, and so the outputs by |B0| sqrt(r / out) lr in / 4 (RMS), if B0's columns
-# have length |B0|.  |B0| = sqrt(r out) / in makes that lr r / 4: half of the other, whatever the widths.  Twice as
-# much, equal steps, wanted half the learning rate and ended alike; this one suits LoRA's best rate.
+# How long should B0 = start_B be?  A step of lr on lora_B moves an output by about lr sum_i |A0_i x| ~ lr r / 2.  One
+# on lora_A moves each of r coordinates by about lr in / 4, and so the outputs by |B0| sqrt(r / out) lr in / 4 (RMS), if
+# B0's columns have length |B0|.  |B0| = sqrt(r out) / in makes that lr r / 4: half of the other, whatever the widths.
+# Twice as much, equal steps, wanted half the learning rate and ended alike; this one suits LoRA's best rate.
 
 def _build(layer, seen, rank, init, amplify):
     """The adapter of one layer, from its Statistics."""
@@ -550,7 +554,8 @@ def _build(layer, seen, rank, init, amplify):
     if init == "svd":
         B, A = outlier_weighted_svd(weight, seen.rms, rank)
         return AiraLinear(layer, lora_A=lora_A, lora_B=lora_B, start_A=A, start_B=B, **G)
-    V, image, _ = _weighted_svd(weight, seen.rms, rank, size=max(64, rank + 16))
+    # coarser than in outlier_weighted_svd: these are only the directions in which training starts, or moves
+    V, image, _ = _weighted_svd(weight, seen.rms, rank, size=max(64, rank + 32))
     if init == "subspace":
         return AiraLinear(layer, lora_A=2 * V.T, lora_B=lora_B, **G)
     if out_features >= in_features:
@@ -615,15 +620,15 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="narrow", im
         raise ValueError(f"amplify={amplify!r} must be a number in 0 .. 1")
     if not (calibrate is None or callable(calibrate)):
         raise ValueError(f"calibrate is a {type(calibrate)} and must be callable, as lambda: [model(x) for x in data]")
-    trained = _outermost([name for name, _ in model.named_modules()
-                          if any(_matches(name, wanted) for wanted in also_train)])
+    trained = _outermost({_plain(name): None for name, _ in model.named_modules()
+                          if any(_matches(name, wanted) for wanted in also_train)})
     missed = [wanted for wanted in also_train if not any(_matches(name, wanted) for name, _ in model.named_modules())]
     if missed:
         raise ValueError(f"also_train={missed} match no module; the model has {list(dict(model.named_children()))}")
 
     layers, skipped = _find_layers(model, targets, trained)
     moving = [name for name, module in model.named_modules() if getattr(module, "running_mean", None) is not None
-              and not any(_inside(name, also) for also in trained)]
+              and not any(_inside(_plain(name), also) for also in trained)]
     if moving:
         warnings.warn(f"the running statistics of {moving} move in training, and neither aira_state_dict nor "
                       "remove_aira knows of them: name them in also_train, or keep them in eval mode", stacklevel=2)
@@ -654,8 +659,9 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="narrow", im
 # ---- 6. Merge, remove, save, load, export --------------------------------------------------------------------------
 
 def _attach(model, swap, also_train):
-    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    trained = {id(parameter) for name in also_train for parameter in model.get_submodule(name).parameters()}
+    trainable = [_plain(name) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trained = {id(parameter) for name, module in model.named_modules() if _plain(name) in also_train
+               for parameter in module.parameters()}
     for parameter in model.parameters():
         parameter.requires_grad = id(parameter) in trained and parameter.dtype.is_floating_point
     _replace(model, swap)
@@ -730,7 +736,9 @@ def load_aira(model, state):
         raise ValueError(f"state ({len(state)} tensors) did not come from aira_state_dict: a whole model's, or PEFT's?")
     state = dict(state)
     count = int(state.pop("aira.tensors"))
-    modules, own, parts = dict(model.named_modules()), model.state_dict(), {}
+    modules, own = ({_plain(name): value for name, value in pairs}
+                    for pairs in (model.named_modules(), model.state_dict().items()))
+    parts = {}
     full = state.keys() & own.keys()  # of also_train
     for key in state.keys() - full:
         name, _, tensor = key.rpartition(".")

@@ -192,6 +192,22 @@ def tunable(module):
 
 
 @pytest.mark.parametrize("k", [1, 4, 8])
+@pytest.mark.parametrize("size, power, fits",
+                         [(1e-12, 0.5, True), (1e15, 0.5, True), (1e-12, 1.0, False), (1e15, 1.0, False)])
+def test_inputs_too_quiet_or_loud_for_the_power_are_refused(size, power, fits):
+    """A gain of 0, inf or NaN would be an adapter that does nothing, or harm."""
+    model, x = nn.Sequential(nn.Linear(20, 40)), torch.randn(200, 20) * size
+    if fits:
+        apply_aira(model, lambda: model(x), rank=2, amplify=power)
+        factors = model[0].gain, model[0].directions
+        y = x @ dense(*factors)
+        assert float(y.square().sum(1).mean()) == pytest.approx(20 / 12, rel=0.02)
+    else:
+        with pytest.raises(ValueError, match="RMS 1e.* out of range at amplify=1.0: lower it"):
+            apply_aira(model, lambda: model(x), rank=2, amplify=power)
+        assert type(model[0]) is nn.Linear
+
+
 @pytest.mark.parametrize("power", [0.0, 0.35, 0.5, 1.0])
 def test_gain_is_a_power_of_the_inputs_second_moment(k, power):
     x = inputs(200, 8)
@@ -225,6 +241,18 @@ def test_svd_reaches_the_eckart_young_optimum_at_every_rank(out, width):
         assert B.shape == (out, rank) and A.shape == (rank, width)
         assert weighted_error(W, rms, B, A) == pytest.approx(eckart_young(W, rms, rank), abs=1e-9)
         close(B.square().sum(0), (A * rms).square().sum(1))  # the singular values are shared out evenly
+
+
+@pytest.mark.parametrize("out", [20, 300])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_svd_refuses_what_is_not_finite(out, bad):
+    W, rms = torch.randn(out, 280), torch.ones(280)
+    for broken in (W, rms):
+        kept = broken.view(-1)[3].clone()
+        broken.view(-1)[3] = bad
+        with pytest.raises(ValueError, match="NaN or inf"):
+            outlier_weighted_svd(W, rms, 4)
+        broken.view(-1)[3] = kept
 
 
 def test_no_competitor_beats_the_svd():
@@ -264,6 +292,14 @@ def test_the_fast_start_errs_no_more_than_the_one_that_peft_calls(spectrum):
     assert (W - image @ V.T).norm() <= (W - U * s @ peft_V.T).norm()
     close(image, W @ V, 1e-4)
     close(V.T @ V, torch.eye(16), 1e-5)
+
+
+@pytest.mark.parametrize("w, c", [(1e9, 1), (1e-15, 1), (1, 1e15), (1e-6, 1e-6), (1e15, 1e-15)])
+def test_fast_svd_at_any_scale(w, c):
+    """No overflow on the way, though squares of the singular values would not fit float32."""
+    W, rms = torch.randn(300, 260), torch.rand(260) + 0.1
+    B, A = outlier_weighted_svd(W * w, rms * c, 8)
+    assert weighted_error(W, rms, B / w**0.5, A / w**0.5) <= 1.001 * eckart_young(W, rms, 8)
 
 
 @pytest.mark.parametrize("true_rank", [0, 3, 40])
@@ -1069,6 +1105,27 @@ def test_activation_checkpointing_wrappers_do_not_hide_adapters_from_a_file():
     load_aira(base, aira_state_dict(model))
     x = inputs()
     close(base(x), model(x))
+
+
+@pytest.mark.parametrize("wrapper", ["checkpoint", "compile"])
+def test_parts_wrapped_before_apply_keep_their_plain_names(wrapper):
+    """also_train, load_aira and remove_aira see through wrappers; a trained head must not be missing from the file."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+    wrap = checkpoint_wrapper if wrapper == "checkpoint" else functools.partial(torch.compile, backend="eager")
+    base, x = nn.Sequential(nn.Linear(10, 8), nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 3))), inputs()
+    base, wrapped = base.double(), copy.deepcopy(base.double())
+    for part in ("1", "2"):
+        wrapped._modules[part] = wrap(wrapped._modules[part])
+    model, flags = copy.deepcopy(wrapped), [p.requires_grad for p in wrapped.parameters()]
+    adapted(model, x, train=3, targets=["0", "1.0"], also_train="2.0")
+    state = aira_state_dict(model)
+    assert {key.partition(".")[0] for key in state} == {"0", "1", "2", "aira"} and "2.0.weight" in state
+    for fresh in (base, wrapped):
+        load_aira(fresh, state)
+        close(fresh(x), model(x))
+        assert all(map(torch.equal, aira_state_dict(fresh).values(), state.values()))
+    remove_aira(model)
+    assert [p.requires_grad for p in model.parameters()] == flags
 
 
 def test_compiled_parts_and_wrappers_do_not_change_names(tmp_path, no_safetensors):
