@@ -16,8 +16,8 @@ parameters.
 
 Measured with --full, five seeds (torch 2.13.0, two CPU cores): with each method at its own best rate, AIRA reaches
 LoRA's final loss on the GPT after 41 +- 4 of 100 steps, and that of LoRA with its scale tuned as well after 51 +- 3;
-it ends at 2.646, full fine-tuning at 2.683, LoRA at 2.871.  On the ViT, where runs differ more, it takes 76 +- 10.
-README has all cells, the lost ones included.
+it ends at 2.646, full fine-tuning at 2.683, LoRA at 2.871.  On the ViT, where runs differ more, it takes 55 +- 11 and
+56 +- 11.  README has all cells, the lost ones included.
 """
 import argparse
 import contextlib
