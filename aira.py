@@ -50,7 +50,7 @@ import torch.nn.functional as F
 #                                          the k directions in which the inputs are loudest              (in, k + 16)
 #     mean_n ||y_n||_2                     the output's size, which may serve as importance in part 3    a number
 
-@functools.lru_cache(8)
+@functools.lru_cache(16)
 def _omega(in_features, width):
     """Orthonormal columns (in, width), the same in all processes; the caller's random state stays as it is."""
     seeded = torch.Generator().manual_seed(0)
@@ -139,8 +139,8 @@ def _weighted_svd(weight, rms, rank, size):
     """The r largest parts of W S = U diag(s) V^T, S = diag(rms): V (in, r), W S V = U diag(s) (out, r); rms, floored.
 
     Where an SVD is not cheap, it is found inside a subspace with orthonormal basis Q (in, size, rounded down to 16s):
-    the SVD W S Q = U diag(s) R^T gives V = Q R.  Q = [X_0 X_1 ..], 16 columns each: X_0 random, X_i+1 the part of
-    S W^T W S X_i that is new to X_0 .. X_i (randomised block Krylov; Musco and Musco, 2015).
+    the SVD W S Q = U diag(s) R^T gives V = Q R.  Q = [X_1 X_2 ..], 16 columns each: X_i is the part of S W^T Y_i-1 that
+    is new to X_1 .. X_i-1, with Y_i = W S X_i and Y_0 random (randomised block Krylov; Musco and Musco, 2015).
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)  # half precision has no SVD
     rms = rms.to(dtype)
@@ -152,22 +152,22 @@ def _weighted_svd(weight, rms, rank, size):
     size = min(size, smaller) // 16 * 16
     Q = _omega(len(rms), size).to(weight.device, dtype, copy=True)  # random, until X_i takes its columns' place
     image = weight.new_empty(len(weight), size, dtype=dtype)  # W S Q
+    parts, Y = _parts(weight), _omega(len(weight), 16).to(weight.device, dtype)
     for i in range(0, size, 16):
-        X = Q[:, i:i + 16]
-        if i:
-            new = rms[:, None] * sum(y.T @ part for y, part in zip(Y, _parts(weight, dtype))).T
-            X = new / new.abs().max().clamp_min(1e-30) + 1e-6 * X  # where W S holds no more, go on at random
-            for _ in range(2):  # a second time, for the first one's rounding
-                X = torch.linalg.qr(X - Q[:, :i] @ (Q[:, :i].T @ X))[0]
-        Y = [part @ (rms[:, None] * X) for part in _parts(weight, dtype)]
-        Q[:, i:i + 16], image[:, i:i + 16] = X, torch.cat(Y)
+        new = rms[:, None] * sum(part.to(dtype).T @ y for part, y in zip(parts, Y.split(len(parts[0]))))
+        X = new / new.norm(dtype=torch.float64).clamp_min(1e-30)
+        X = X + 1e-6 * Q[:, i:i + 16]  # where W S holds no more, go on at random
+        for _ in range(2):  # a second time, for the first one's rounding
+            X = torch.linalg.qr(X - Q[:, :i] @ (Q[:, :i].T @ X))[0]
+        Y = torch.cat([part.to(dtype) @ (rms[:, None] * X) for part in parts])
+        Q[:, i:i + 16], image[:, i:i + 16] = X, Y
     wide = image.double()
     R = torch.linalg.eigh(wide.T @ wide)[1][:, -rank:].flip(-1).to(dtype)
     return Q @ R, image @ R, rms
 
-def _parts(weight, dtype):
-    """The rows, about a million numbers at a time: no copy of a whole layer, which may be large, in another dtype."""
-    return (part.to(dtype) for part in weight.detach().split(max(1, 2**20 // weight.shape[1])))
+def _parts(weight):
+    """Its rows, about a million numbers at a time, to convert and multiply: a copy of a whole layer may be large."""
+    return weight.detach().split(max(1, 2**20 // weight.shape[1]))
 
 # ---- 3. Ranks ------------------------------------------------------------------------------------------------------
 # A rank-r adapter trains cost_l * r parameters, cost_l = in + out, or min(in, out) where only one of its factors is
@@ -186,7 +186,7 @@ def outlier_score(weight, channel_rms, threshold=2.0):
     Departure: OWL uses the fraction, at threshold 5.  That is blind to a layer's size and scale; the mass is not.
     """
     def significance():
-        return (part.abs() * channel_rms.float() for part in _parts(weight, torch.float32))
+        return (part.float().abs() * channel_rms.float() for part in _parts(weight))
 
     mean = sum(float(part.double().sum()) for part in significance()) / weight.numel()
     mass = count = 0
@@ -555,7 +555,7 @@ def _build(layer, seen, rank, init, amplify):
         B, A = outlier_weighted_svd(weight, seen.rms, rank)
         return AiraLinear(layer, lora_A=lora_A, lora_B=lora_B, start_A=A, start_B=B, **G)
     # coarser than in outlier_weighted_svd: these are only the directions in which training starts, or moves
-    V, image, _ = _weighted_svd(weight, seen.rms, rank, size=max(64, rank + 32))
+    V, image, _ = _weighted_svd(weight, seen.rms, rank, size=rank + 32)
     if init == "subspace":
         return AiraLinear(layer, lora_A=2 * V.T, lora_B=lora_B, **G)
     if out_features >= in_features:

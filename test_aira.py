@@ -282,14 +282,14 @@ def test_large_svd_is_within_a_thousandth_of_the_optimum_and_repeatable(spectrum
     assert all(map(torch.equal, (B, A), outlier_weighted_svd(W, rms, 8)))
 
 
-@pytest.mark.parametrize("spectrum", ["noise", "power law"])
-def test_the_fast_start_errs_no_more_than_the_one_that_peft_calls(spectrum):
+@pytest.mark.parametrize("spectrum, slack", [("noise", 1e-3), ("power law", 0)])
+def test_the_fast_start_errs_no_more_than_the_one_that_peft_calls(spectrum, slack):
     """pissa_niter_4 is torch.svd_lowrank with q = rank and niter = 4."""
     u, v = (torch.linalg.qr(torch.randn(n, 512))[0] for n in (768, 512))
     W = torch.randn(768, 512) if spectrum == "noise" else u * torch.arange(1, 513.0) ** -1 @ v.T
-    V, image, _ = aira._weighted_svd(W, torch.ones(512), 16, size=64)  # as _build asks for at rank 16
+    V, image, _ = aira._weighted_svd(W, torch.ones(512), 16, size=48)  # as _build asks for at rank 16
     U, s, peft_V = torch.svd_lowrank(W, q=16, niter=4)
-    assert (W - image @ V.T).norm() <= (W - U * s @ peft_V.T).norm()
+    assert (W - image @ V.T).norm() <= (1 + slack) * (W - U * s @ peft_V.T).norm()
     close(image, W @ V, 1e-4)
     close(V.T @ V, torch.eye(16), 1e-5)
 
@@ -302,13 +302,14 @@ def test_fast_svd_at_any_scale(w, c):
     assert weighted_error(W, rms, B / w**0.5, A / w**0.5) <= 1.001 * eckart_young(W, rms, 8)
 
 
+@pytest.mark.parametrize("size", [64, 208])
 @pytest.mark.parametrize("true_rank", [0, 3, 40])
-def test_fast_svd_where_the_weight_has_less_rank_than_asked_for(true_rank):
+def test_fast_svd_where_the_weight_has_less_rank_than_asked_for(true_rank, size):
     """No dead direction then: the rest is random and orthonormal, and the adapter trains."""
-    layer, x = nn.Linear(300, 320, bias=False), torch.randn(64, 300)
-    layer.weight.data = torch.randn(320, true_rank) @ torch.randn(true_rank, 300)
+    layer, x = nn.Linear(600, 700, bias=False), torch.randn(64, 600)
+    layer.weight.data = torch.randn(700, true_rank) @ torch.randn(true_rank, 600)
     s = torch.linalg.svdvals(layer.weight.detach())
-    V, image, _ = aira._weighted_svd(layer.weight, torch.ones(300), 48, size=64)
+    V, image, _ = aira._weighted_svd(layer.weight, torch.ones(600), 48, size=size)
     close(V.T @ V, torch.eye(48), 1e-5)
     close(image.norm(dim=0), s[:48], 1e-2)
     close(image @ V.T, layer.weight, 1e-2)
