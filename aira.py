@@ -570,8 +570,7 @@ def _replace(model, swap):
             if id(child) in swap:
                 setattr(parent, key, swap[id(child)])
 
-# Departure: the default is equal ranks.  Of the rules here they ended lowest on train_toy.py's GPT, and no rule stood
-# out on its ViT (README).
+# Departure: the default is equal ranks.  They ended lowest on train_toy.py's GPT; "fraction" did on its ViT (README).
 IMPORTANCE = {  # theta of a layer, from its (out, in) weight and its Statistics
     "outlier": lambda weight, seen: outlier_score(weight, seen.rms)[0],
     "fraction": lambda weight, seen: outlier_score(weight, seen.rms, threshold=5.0)[1],

@@ -267,7 +267,7 @@ METHODS = {
     "PiSSA": lora(1, pissa=True),
     "AIRA, random start": aira(random_start=True),
     "AIRA, not amplified": aira(amplify=0),
-    "AIRA, ranks by outliers": aira(importance="outlier"),
+    "AIRA, ranks by fraction": aira(importance="fraction"),
     "AIRA, init='subspace'": aira(init="subspace"),
     "AIRA, init='svd'": aira(init="svd"),
 }
