@@ -127,7 +127,7 @@ def outlier_weighted_svd(weight, channel_rms, rank):
     if not 1 <= rank <= min(weight.shape) or channel_rms.shape != weight.shape[1:]:
         raise ValueError(f"rank={rank} and channel_rms {tuple(channel_rms.shape)} do not fit weight "
                          f"{tuple(weight.shape)}: use rank 1 .. {min(weight.shape)} and {weight.shape[1]} channels")
-    if not torch.stack([*weight.detach().aminmax(), channel_rms.sum().to(weight)]).isfinite().all():
+    if not (torch.stack(weight.detach().aminmax()).isfinite().all() and channel_rms.isfinite().all()):
         raise ValueError("weight or channel_rms has NaN or inf: mend the checkpoint or the calibration batches")
     V, image, rms = _weighted_svd(weight, channel_rms, rank, size=4 * rank + 64)
     s = image.norm(dim=0)

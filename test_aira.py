@@ -321,6 +321,13 @@ def test_fast_svd_where_the_weight_has_less_rank_than_asked_for(true_rank, size)
     assert (model[0].lora_A.grad.norm(dim=1) > 0).all()
 
 
+def test_svd_of_a_half_precision_weight_takes_loud_channels():
+    """Their RMS, and its sum above all, may not fit float16 though the weight does."""
+    W, rms = torch.randn(8, 100).half(), torch.full((100,), 1e5)
+    B, A = outlier_weighted_svd(W, rms, 3)
+    assert weighted_error(W, rms, B, A) == pytest.approx(eckart_young(W, rms, 3), rel=1e-5)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_svd_with_dead_channels_and_in_half_precision(dtype):
     """A channel that never fired has no say; if none fired, it is the plain SVD."""
