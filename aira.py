@@ -51,10 +51,10 @@ import torch.nn.functional as F
 #     mean_n ||y_n||_2                     the output's size, which may serve as importance in part 3    a number
 
 @functools.lru_cache(16)
-def _omega(in_features, width):
-    """Orthonormal columns (in, width), the same in all processes; the caller's random state stays as it is."""
+def _omega(rows, columns):
+    """Random orthonormal columns, the same in all processes; the caller's random state stays as it is."""
     seeded = torch.Generator().manual_seed(0)
-    return torch.linalg.qr(torch.randn(in_features, width, generator=seeded, dtype=torch.float32, device="cpu"))[0]
+    return torch.linalg.qr(torch.randn(rows, columns, generator=seeded, dtype=torch.float32, device="cpu"))[0]
 
 class Statistics:
     """Sums over one layer's tokens: O(k in) numbers, in float32, however many tokens pass."""
@@ -161,8 +161,8 @@ def _weighted_svd(weight, rms, rank, size):
             X = torch.linalg.qr(X - Q[:, :i] @ (Q[:, :i].T @ X))[0]
         Y = torch.cat([part.to(dtype) @ (rms[:, None] * X) for part in parts])
         Q[:, i:i + 16], image[:, i:i + 16] = X, Y
-    wide = image.double()
-    R = torch.linalg.eigh(wide.T @ wide)[1][:, -rank:].flip(-1).to(dtype)
+    double = image.double()  # R from image^T image, whose eigenvalues are s^2 and rise: float32 would blur the small
+    R = torch.linalg.eigh(double.T @ double)[1][:, -rank:].flip(-1).to(dtype)
     return Q @ R, image @ R, rms
 
 def _parts(weight):
@@ -619,8 +619,8 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="narrow", im
         raise ValueError(f"amplify={amplify!r} must be a number in 0 .. 1")
     if not (calibrate is None or callable(calibrate)):
         raise ValueError(f"calibrate is a {type(calibrate)} and must be callable, as lambda: [model(x) for x in data]")
-    trained = _outermost({_plain(name): None for name, _ in model.named_modules()
-                          if any(_matches(name, wanted) for wanted in also_train)})
+    trained = _outermost(dict.fromkeys(_plain(name) for name, _ in model.named_modules()  # a wrapper repeats a name
+                                       if any(_matches(name, wanted) for wanted in also_train)))
     missed = [wanted for wanted in also_train if not any(_matches(name, wanted) for name, _ in model.named_modules())]
     if missed:
         raise ValueError(f"also_train={missed} match no module; the model has {list(dict(model.named_children()))}")
@@ -735,9 +735,8 @@ def load_aira(model, state):
         raise ValueError(f"state ({len(state)} tensors) did not come from aira_state_dict: a whole model's, or PEFT's?")
     state = dict(state)
     count = int(state.pop("aira.tensors"))
-    modules, own = ({_plain(name): value for name, value in pairs}
-                    for pairs in (model.named_modules(), model.state_dict().items()))
-    parts = {}
+    modules = {_plain(name): module for name, module in model.named_modules()}
+    own, parts = {_plain(key): tensor for key, tensor in model.state_dict().items()}, {}
     full = state.keys() & own.keys()  # of also_train
     for key in state.keys() - full:
         name, _, tensor = key.rpartition(".")

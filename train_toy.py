@@ -52,7 +52,7 @@ CONTEXT = 64  # bytes a text
 RANK = 16
 LAYERS = "qkv", "proj", "up", "down"  # what is adapted: all but the embedding and the head
 EVERY = 10  # steps between two points of a curve
-HEAD_RATE = 0.008  # learning rate of a new head, best for LoRA: so that a method's own rate is about what it adapts
+HEAD_RATE = 0.008  # of a new head, in all methods, best for LoRA: so that a method's own rate is about what it adapts
 
 
 # ---- Two transformers from plain nn.Linear -------------------------------------------------------------------------
@@ -152,9 +152,10 @@ def fit(model, draw, rate, steps, batch, seed, held_out=None):
     """Train what requires a gradient -> [(held-out loss, accuracy)] every EVERY steps, and the seconds of a step."""
     generator = torch.Generator().manual_seed(seed)  # seeds the order of the data
     parameters = [p for p in model.parameters() if p.requires_grad]
-    new = [] if model.causal or not held_out else list(model.head.parameters())  # the ViT's head for the new classes
-    old = [p for p in parameters if not any(p is q for q in new)]
-    optimizer = torch.optim.AdamW([{"params": old, "peak": rate}, {"params": new, "peak": HEAD_RATE}], weight_decay=0.0)
+    head = [] if model.causal or not held_out else list(model.head.parameters())  # new: the ViT's, in fine-tuning
+    rest = [p for p in parameters if not any(p is q for q in head)]
+    groups = [{"params": rest, "peak": rate}, {"params": head, "peak": HEAD_RATE}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     curve, seconds = [], []
     for step in range(steps):
         start = time.perf_counter()
