@@ -7,7 +7,7 @@ decide.  The parts of this file, the first four in the paper's order:
 
     1  statistics     how loud each input channel is, and in which directions the inputs lie
     2  start          an SVD of W, weighted by its inputs, gives the first factors
-    3  ranks          which layer gets how much of plain LoRA's parameter budget (by default all the same rank)
+    3  ranks          which layer gets how much of plain LoRA's parameter budget
     4  AiraLinear     training amplifies updates, in directions that the activations choose
     5  apply_aira     puts it together, in place; by default it trains one factor of each layer and fixes the other
     6  merge, remove, save, load, export
@@ -177,11 +177,31 @@ def _parts(weight):
 #
 # where theta_l is the importance of layer l.  Departure: the released code solves this for real numbers with SciPy and
 # truncates, which leaves part of the budget unspent.
+#
+# |W_ij| rms_j is the significance of a weight (OWL).  The more unevenly it is spread over a layer, the fewer outliers do
+# most of the work, and the more rank the layer gets:  theta_l = cost_l * significance_variation.
+
+def significance_variation(weight, channel_rms):
+    """How unevenly a layer's significance is spread: the variance of |W_ij| rms_j over its squared mean.
+
+    weight (out, in), channel_rms (in,) -> a number without unit: 0 if all weights count alike, pi / 2 - 1 = .57 for a
+    Gaussian W and equally loud channels (and, for want of anything to go by, where W or the input is zero), and more the
+    heavier the tail of outliers.  Departure: OWL counts entries above a threshold; see outlier_score.
+    """
+    rms = channel_rms.double()
+    total = squares = 0.0
+    for part in _parts(weight):
+        part = part.float()
+        total += float(part.abs().sum(0).double() @ rms)
+        squares += float(part.square().sum(0).double() @ rms.square())
+    # not below 0 by rounding, as where there is one weight alone
+    return max(squares * weight.numel() / total ** 2 - 1, 0) if total > 0 else math.pi / 2 - 1
 
 def outlier_score(weight, channel_rms, threshold=2.0):
-    """How much outlier a layer holds.  |W_ij| rms_j is the significance of a weight (OWL); outliers have more than
-    `threshold` times the mean.  weight (out, in), channel_rms (in,) -> (mass, fraction): the sum of the outliers'
-    significance, in units of activation, and their share of the entries, 0 .. 1.
+    """How much outlier a layer holds: weights whose significance is more than `threshold` times the mean.
+
+    weight (out, in), channel_rms (in,) -> (mass, fraction): the sum of the outliers' significance, in units of
+    activation, and their share of the entries, 0 .. 1.
 
     Departure: OWL uses the fraction, at threshold 5.  That is blind to a layer's size and scale; the mass is not.
     """
@@ -420,7 +440,7 @@ def is_linear(module):
 
 # ---- 5. apply_aira -------------------------------------------------------------------------------------------------
 
-# of a layer; shape (out, in), score its importance (its cost where that is "uniform")
+# of a layer; shape (out, in), score its importance
 Row = namedtuple("Row", "name shape tokens score rank parameters")
 
 class Report(namedtuple("Report", "rows budget fixed skipped")):
@@ -570,14 +590,16 @@ def _replace(model, swap):
             if id(child) in swap:
                 setattr(parent, key, swap[id(child)])
 
-# Departure: the default is equal ranks.  They ended lowest on train_toy.py's GPT; "fraction" did on its ViT (README).
-IMPORTANCE = {  # theta of a layer, from its (out, in) weight and its Statistics
-    "outlier": lambda weight, seen: outlier_score(weight, seen.rms)[0],
-    "fraction": lambda weight, seen: outlier_score(weight, seen.rms, threshold=5.0)[1],
-    "activation": lambda weight, seen: seen.output_norm}
+IMPORTANCE = {  # theta of a layer, from its (out, in) weight, its Statistics and its cost
+    "variation": lambda weight, seen, cost: cost * significance_variation(weight, seen.rms),
+    "outlier": lambda weight, seen, cost: outlier_score(weight, seen.rms)[0],
+    "fraction": lambda weight, seen, cost: outlier_score(weight, seen.rms, threshold=5.0)[1],
+    "activation": lambda weight, seen, cost: seen.output_norm,
+    # equal ranks, for a unit's worth per parameter is then log((r + 1) / r) in every layer
+    "uniform": lambda weight, seen, cost: cost}
 ALLOCATE = {"knapsack": knapsack_ranks, "greedy": greedy_ranks}
 
-def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="narrow", importance="uniform",
+def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="narrow", importance="variation",
                allocate="knapsack", min_rank=1, max_rank=None, also_train=(), amplify=0.5, directions=32):
     """Put AIRA adapters into `model` in place, freeze everything else, and return a Report that prints as a table.
 
@@ -591,9 +613,11 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="narrow", im
                  inputs, as a small head, then has few directions to move in: put it in also_train.
                  "subspace": A comes from the SVD, B is zero, both are trained; a LoRA of average rank `rank`.
                  "svd": the paper's start, both come from the weighted SVD and are trained; exports at twice its rank
-    importance   "uniform" (equal ranks), "outlier" (mass), "fraction" (OWL's, threshold 5), "activation" (mean ||y||)
+    importance   "variation" (see part 3), "outlier" (mass), "fraction" (OWL's, threshold 5), "activation" (mean ||y||),
+                 "uniform" (equal ranks)
     allocate     "knapsack" (exact) or "greedy"
-    min_rank, max_rank      bounds on every layer's rank; max_rank=None is min(in, out)
+    min_rank, max_rank      bounds on every layer's rank, which min(in, out) bounds too; max_rank=None is twice the equal
+                 rank, so that a layer with extreme outliers cannot take it all
     also_train   names of modules or their endings that are trained in full and saved along: a new head, norms
     amplify      power p of the gain G ~ C^-p; 0 turns amplification off, and G just scales inputs to one size
     directions   k, the number of principal directions that G tells apart
@@ -612,7 +636,7 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="narrow", im
         if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name}={value!r} must be a whole number >= {least}")
     for name, value, known in (("init", init, ("narrow", "subspace", "svd")), ("allocate", allocate, tuple(ALLOCATE)),
-                               ("importance", importance, ("uniform", *IMPORTANCE))):
+                               ("importance", importance, tuple(IMPORTANCE))):
         if value not in known:
             raise ValueError(f"{name}={value!r} must be one of {known}")
     if not (isinstance(amplify, (int, float)) and 0 <= amplify <= 1):
@@ -637,11 +661,9 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="narrow", im
 
     weights = {name: _out_in(layer) for name, layer in layers.items()}
     costs = [(min if init == "narrow" else sum)(weight.shape) for weight in weights.values()]
-    # equal ranks are optimal if a layer's importance is its cost: a unit's worth per parameter is then log((r + 1) / r)
-    scores = costs if importance == "uniform" else [IMPORTANCE[importance](weight, statistics[name])
-                                                    for name, weight in weights.items()]
+    scores = [IMPORTANCE[importance](weights[name], statistics[name], cost) for name, cost in zip(layers, costs)]
     budget = rank * sum(sum(weight.shape) for weight in weights.values())
-    most = math.inf if max_rank is None else max_rank
+    most = max(min_rank, 2 * budget // sum(costs)) if max_rank is None else max_rank
     ranks = ALLOCATE[allocate](scores, costs, budget, min_rank, [min(*w.shape, most) for w in weights.values()])
 
     swap, rows, fixed = {}, [], 0

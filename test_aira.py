@@ -30,7 +30,7 @@ import aira
 import train_toy
 from aira import (AiraLinear, Statistics, aira_off, aira_state_dict, apply_aira, greedy_ranks, input_gain,
                   knapsack_ranks, load_aira, merge_aira, outlier_score, outlier_weighted_svd, principal_directions,
-                  remove_aira, save_peft)
+                  remove_aira, save_peft, significance_variation)
 
 torch.set_num_threads(1)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -358,6 +358,20 @@ def test_outlier_score_by_hand():
     A = (W.double().abs() * rms.double()).numpy()
     outliers = A[A > 3 * A.mean()]
     assert outlier_score(W, rms, 3) == pytest.approx((outliers.sum(), outliers.size / A.size), rel=1e-4)
+    assert significance_variation(W, rms) == pytest.approx(A.var() / A.mean() ** 2, rel=1e-5)
+
+
+def test_significance_variation_by_hand():
+    W, rms = torch.tensor([[1.0, -2, 0], [3, 0.5, -1]]), torch.tensor([1.0, 4, 2])
+    # |W| rms = [[1, 8, 0], [3, 2, 2]]: mean 16 / 6, mean square 82 / 6
+    assert significance_variation(W, rms) == pytest.approx(82 / 6 / (16 / 6) ** 2 - 1, rel=1e-6)
+    assert significance_variation(10 * W.bfloat16(), 3 * rms) == pytest.approx(significance_variation(W, rms), rel=1e-6)
+    for equal in (torch.ones(2, 3), *torch.rand(20, 1, 1)):
+        assert 0 <= significance_variation(equal, torch.full(equal.shape[1:], 0.3)) < 1e-6
+    noise = significance_variation(torch.randn(1000, 1000), torch.ones(1000))
+    assert noise == pytest.approx(np.pi / 2 - 1, rel=0.01)  # of |z|: mean (2 / pi)^.5, mean square 1
+    assert significance_variation(torch.zeros(2, 3), rms) == np.pi / 2 - 1 == significance_variation(W, 0 * rms)
+    assert significance_variation(1e18 * W, 1e18 * rms) == pytest.approx(significance_variation(W, rms), rel=1e-6)
 
 
 def value_of(ranks, importance):
@@ -629,23 +643,38 @@ def test_report_prints_a_table_and_keeps_the_budget():
     assert len(head) == len(up) == len(total)
 
 
-def test_equal_ranks_by_default_and_what_small_layers_leave_goes_to_the_others():
+def test_equal_ranks_and_what_small_layers_leave_goes_to_the_others():
     model, x = nn.Sequential(nn.Linear(10, 24), nn.Linear(24, 10), nn.Linear(10, 3)), inputs(dtype=torch.float32)
     for init, rank, ranks in (("subspace", 3, [3, 3, 3]), ("subspace", 9, [10, 10, 3]),  # at most the smaller side
                               ("narrow", 1, [4, 3, 3]), ("narrow", 3, [10, 10, 3])):  # 34 + 34 + 13 buy 23 three times
-        report = apply_aira(model, lambda: model(x), rank=rank, init=init)
+        report = apply_aira(model, lambda: model(x), rank=rank, init=init, importance="uniform")
         assert [row.rank for row in report.rows] == ranks and report.budget == 81 * rank
         remove_aira(model)
 
 
+def test_outliers_bring_rank_and_one_layer_cannot_take_it_all():
+    """Of four equal layers one has a weight that counts a thousandfold: by default at most twice the equal rank."""
+    model, x = nn.Sequential(*(nn.Linear(20, 20, bias=False) for _ in range(4))), torch.randn(200, 20)
+    for layer in model:
+        nn.init.orthogonal_(layer.weight)
+    model[2].weight.data[3, 4] = 1000
+    for init, equal in (("narrow", 6), ("subspace", 3)):
+        ranks = [row.rank for row in apply_aira(model, lambda: model(x), rank=3, init=init).rows]
+        assert ranks[2] == 2 * equal > equal > max(ranks[0], ranks[1]) and sum(ranks) == 4 * equal
+        remove_aira(model)
+    ranks = [row.rank for row in apply_aira(model, lambda: model(x), rank=3, max_rank=20).rows]
+    assert ranks[2] == 20 and sum(ranks) == 24
+
+
 @pytest.mark.parametrize("allocate", [greedy_ranks, knapsack_ranks])
-@pytest.mark.parametrize("importance", ["outlier", "fraction", "activation", "uniform"])
+@pytest.mark.parametrize("importance", ["variation", "outlier", "fraction", "activation", "uniform"])
 def test_scores_and_ranks_follow_the_chosen_importance_within_bounds(importance, allocate):
     model, x = Net().double(), inputs()
     rms, weight, size = x.square().mean(0).sqrt(), model.up.weight.detach(), model.up(x).detach().norm(dim=1).mean()
     options = {"rank": 4, "min_rank": 2, "max_rank": 6, "importance": importance, "allocate": allocate.__name__[:-6]}
     report = apply_aira(model, lambda: model(x), **options)
-    score = {"outlier": outlier_score(weight, rms)[0], "fraction": outlier_score(weight, rms, 5)[1],
+    score = {"variation": 10 * significance_variation(weight, rms),
+             "outlier": outlier_score(weight, rms)[0], "fraction": outlier_score(weight, rms, 5)[1],
              "activation": size.item(), "uniform": min(weight.shape)}
     assert report.rows[0].score == pytest.approx(score[importance], rel=1e-4)
     costs, most = [min(row.shape) for row in report.rows], [min(*row.shape, 6) for row in report.rows]
@@ -1090,7 +1119,7 @@ def test_invariants_on_150_random_models(tmp_path, no_safetensors):
         base, before, output = copy.deepcopy(model), fingerprint(model), model(x)
         report = apply_aira(
             model, lambda: model(x), rank=rng.randint(1, 9), init=rng.choice(INITS), amplify=rng.choice([0, 0.5]),
-            importance=rng.choice(["outlier", "fraction", "activation", "uniform"]), directions=rng.choice([1, 2, 32]),
+            importance=rng.choice(["variation", "outlier", "fraction", "activation", "uniform"]), directions=rng.choice([1, 2, 32]),
             allocate=rng.choice(["knapsack", "greedy"]))
         trainable = [p for p in model.parameters() if p.requires_grad]
         assert bits(model(x)) == bits(output) and sum(p.numel() for p in trainable) <= report.budget, number

@@ -235,13 +235,13 @@ class LoRALinear(nn.Module):
         return self.base(x) + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
 
 
-def lora(scale, pissa=False, size=1):
+def lora(scale, pissa=False):
     def apply(model, calibrate, rank, head):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(head))
         for block in model.blocks:
             for name in LAYERS:
-                setattr(block, name, LoRALinear(getattr(block, name), size * rank, scale, pissa).to(DEVICE))
+                setattr(block, name, LoRALinear(getattr(block, name), rank, scale, pissa).to(DEVICE))
     return apply
 
 
@@ -264,10 +264,10 @@ METHODS = {
     "full fine-tuning": lambda model, calibrate, rank, head: None,
     "LoRA, alpha = 2 rank": lora(2),
     "LoRA, alpha = 32 rank": lora(32),
-    "LoRA, 4 x the rank": lora(1, size=4),
     "PiSSA": lora(1, pissa=True),
     "AIRA, random start": aira(random_start=True),
     "AIRA, not amplified": aira(amplify=0),
+    "AIRA, equal ranks": aira(importance="uniform"),
     "AIRA, ranks by fraction": aira(importance="fraction"),
     "AIRA, init='subspace'": aira(init="subspace"),
     "AIRA, init='svd'": aira(init="svd"),
@@ -294,10 +294,11 @@ def run(task, method, rate, seed, rank, steps):
 
 
 def run_all(jobs):
-    """run(*job) of every job, in processes of their own on a CPU; with the time left on stderr."""
+    """run(*job) of every job, in processes of their own, one a core, or four on a GPU, which one run would leave idle
+    between its small kernels; with the time left on stderr."""
     results, start = [], time.monotonic()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = 1 if WORLD > 1 or DEVICE != "cpu" else min(cores, len(jobs), 61)
+    workers = 1 if WORLD > 1 else min(cores, len(jobs), 61 if DEVICE == "cpu" else 4)
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) if workers > 1 else None
     for result in (pool.map if pool else map)(run, *zip(*jobs)):
         results.append(result)
@@ -521,8 +522,7 @@ def bench(width, layers, tokens, repeats):
 
     models = {"PEFT": with_peft(copy.deepcopy(base), True), "default": with_aira(copy.deepcopy(base)),
               "init='subspace'": with_aira(copy.deepcopy(base), init="subspace"),
-              "init='subspace', ranks by outliers": with_aira(copy.deepcopy(base), init="subspace",
-                                                              importance="outlier")}
+              "init='subspace', equal ranks": with_aira(copy.deepcopy(base), init="subspace", importance="uniform")}
     steps = {name: functools.partial(step, model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]))
              for name, model in models.items()}
     seconds = medians({name: functools.partial(timed, one) for name, one in steps.items()}, repeats)
