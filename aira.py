@@ -154,7 +154,8 @@ def _weighted_svd(weight, rms, rank, size):
     image = weight.new_empty(len(weight), size, dtype=dtype)  # W S Q
     parts, Y = _parts(weight), _omega(len(weight), 16).to(weight.device, dtype)
     for i in range(0, size, 16):
-        new = rms[:, None] * sum(part.to(dtype).T @ y for part, y in zip(parts, Y.split(len(parts[0]))))
+        # y^T W, and not W^T y, which is the same and slower on a CPU
+        new = rms[:, None] * sum(y.T @ part.to(dtype) for part, y in zip(parts, Y.split(len(parts[0])))).T
         X = new / new.norm(dtype=torch.float64).clamp_min(1e-30)
         X = X + 1e-6 * Q[:, i:i + 16]  # where W S holds no more, go on at random
         for _ in range(2):  # a second time, for the first one's rounding

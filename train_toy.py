@@ -503,8 +503,8 @@ def bench(width, layers, tokens, repeats):
     x, y = torch.randn(4, tokens, 64, device=DEVICE), torch.randint(64, (4,), device=DEVICE)
     print(f"4 x {tokens} tokens; AIRA / PEFT, medians of {repeats} interleaved rounds")
 
-    def with_peft(model, init):
-        options = {"r": RANK, "lora_alpha": RANK, "target_modules": list(LAYERS), "init_lora_weights": init}
+    def with_peft(model, init, rank=RANK):
+        options = {"r": rank, "lora_alpha": rank, "target_modules": list(LAYERS), "init_lora_weights": init}
         return peft.get_peft_model(model, peft.LoraConfig(**options))
 
     def with_aira(model, **options):
@@ -539,16 +539,19 @@ def bench(width, layers, tokens, repeats):
                                          targets=LAYERS, **options))
         return total - calibration[-1]
 
-    def pissa(init):
+    def pissa(init, rank):
         model = copy.deepcopy(base)
-        return timed(lambda: with_peft(model, init))
+        return timed(lambda: with_peft(model, init, rank))
 
-    starts = {init: functools.partial(pissa, init) for init in ("pissa", "pissa_niter_4")}
-    ours = {"default": set_up, "init='subspace'": functools.partial(set_up, init="subspace")}
+    # 4 x the rank is what the default has on average here, for as many trained parameters
+    starts = {f"{init}, rank {rank}": functools.partial(pissa, init, rank)
+              for init, rank in (("pissa", RANK), ("pissa_niter_4", RANK), ("pissa_niter_4", 4 * RANK))}
+    ours = {"default": set_up,
+            "init='subspace', equal ranks": functools.partial(set_up, init="subspace", importance="uniform")}
     seconds = medians({**ours, "forward": lambda: timed(lambda: forward(base)), **starts}, repeats)
     for name in ours:
-        for init in starts:
-            print(f"apply_aira without calibration, {name} / {init}: {seconds[name] / seconds[init]:.3f}")
+        for start in list(starts) if name == "default" else list(starts)[:2]:
+            print(f"apply_aira without calibration, {name} / {start}: {seconds[name] / seconds[start]:.3f}")
     print(f"calibration / forward pass: {statistics.median(calibration[1:]) / seconds['forward']:.3f}")
     merged = models["default"]
     merge_aira(merged)
