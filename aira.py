@@ -179,15 +179,15 @@ def _parts(weight):
 # where theta_l is the importance of layer l.  Departure: the released code solves this for real numbers with SciPy and
 # truncates, which leaves part of the budget unspent.
 #
-# |W_ij| rms_j is the significance of a weight (OWL).  The more unevenly it is spread over a layer, the fewer outliers do
-# most of the work, and the more rank the layer gets:  theta_l = cost_l * significance_variation.
+# |W_ij| rms_j is the significance of a weight (OWL): what it brings to its output.  In some layers a few outliers bring
+# most of it.  They get more rank:  theta_l = cost_l * significance_variation; cost_l alone would mean equal ranks.
 
 def significance_variation(weight, channel_rms):
     """How unevenly a layer's significance is spread: the variance of |W_ij| rms_j over its squared mean.
 
     weight (out, in), channel_rms (in,) -> a number without unit: 0 if all weights count alike, pi / 2 - 1 = .57 for a
-    Gaussian W and equally loud channels (and, for want of anything to go by, where W or the input is zero), and more the
-    heavier the tail of outliers.  Departure: OWL counts entries above a threshold; see outlier_score.
+    Gaussian W and equally loud channels (also where W or the input is zero, for want of better), and more the heavier
+    the tail of outliers.  Departure: OWL counts the entries above a threshold; see outlier_score.
     """
     rms = channel_rms.double()
     total = squares = 0.0
@@ -617,8 +617,8 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="narrow", im
     importance   "variation" (see part 3), "outlier" (mass), "fraction" (OWL's, threshold 5), "activation" (mean ||y||),
                  "uniform" (equal ranks)
     allocate     "knapsack" (exact) or "greedy"
-    min_rank, max_rank      bounds on every layer's rank, which min(in, out) bounds too; max_rank=None is twice the equal
-                 rank, so that a layer with extreme outliers cannot take it all
+    min_rank, max_rank      bounds on every layer's rank, beside min(in, out); max_rank=None is twice the equal rank,
+                 lest one layer with extreme outliers take it all
     also_train   names of modules or their endings that are trained in full and saved along: a new head, norms
     amplify      power p of the gain G ~ C^-p; 0 turns amplification off, and G just scales inputs to one size
     directions   k, the number of principal directions that G tells apart

@@ -1119,7 +1119,7 @@ def test_invariants_on_150_random_models(tmp_path, no_safetensors):
         base, before, output = copy.deepcopy(model), fingerprint(model), model(x)
         report = apply_aira(
             model, lambda: model(x), rank=rng.randint(1, 9), init=rng.choice(INITS), amplify=rng.choice([0, 0.5]),
-            importance=rng.choice(["variation", "outlier", "fraction", "activation", "uniform"]), directions=rng.choice([1, 2, 32]),
+            importance=rng.choice(list(aira.IMPORTANCE)), directions=rng.choice([1, 2, 32]),
             allocate=rng.choice(["knapsack", "greedy"]))
         trainable = [p for p in model.parameters() if p.requires_grad]
         assert bits(model(x)) == bits(output) and sum(p.numel() for p in trainable) <= report.budget, number
