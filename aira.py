@@ -46,8 +46,8 @@ import torch.nn.functional as F
 # One pass over the calibration batches.  Of a layer's inputs x_1 .. x_N (its "tokens") we keep running sums only:
 #
 #     rms_j = sqrt(mean_n x_nj^2)          loudness of input channel j                                   (in,)
-#     C Omega,  C = mean_n x_n x_n^T       their second moment times a fixed random Omega (in, k + 16): enough to find
-#                                          the k directions in which the inputs are loudest              (in, k + 16)
+#     C Omega,  C = mean_n x_n x_n^T       their second moment times a fixed random Omega (in, k + 16, at most in):
+#                                          enough to find the k directions where the inputs are loudest  (in, k + 16)
 #     mean_n ||y_n||_2                     the output's size, which may serve as importance in part 3    a number
 
 @functools.lru_cache(16)
@@ -136,7 +136,8 @@ def outlier_weighted_svd(weight, channel_rms, rank):
     return image / root, (V * root).T / rms
 
 def _weighted_svd(weight, rms, rank, size):
-    """The r largest parts of W S = U diag(s) V^T, S = diag(rms): V (in, r), W S V = U diag(s) (out, r); rms, floored.
+    """The `rank` largest parts of W S = U diag(s) V^T, S = diag(rms):  V (in, rank),  W S V = U diag(s) (out, rank),
+    and rms with its floor.
 
     Where an SVD is not cheap, it is found inside a subspace with orthonormal basis Q (in, size, rounded down to 16s):
     the SVD W S Q = U diag(s) R^T gives V = Q R.  Q = [X_1 X_2 ..], 16 columns each: X_i is the part of S W^T Y_i-1 that
@@ -146,25 +147,27 @@ def _weighted_svd(weight, rms, rank, size):
     rms = rms.to(dtype)
     rms = rms.clamp_min(1e-4 * rms.mean()) if rms.any() else torch.ones_like(rms)
     smaller = min(weight.shape)
+    if not weight.any():  # at its initialisation: all directions are as good, but not coordinates, which may be dead
+        return _omega(len(rms), rank).to(weight.device, dtype), weight.new_zeros(len(weight), rank, dtype=dtype), rms
     if smaller <= max(256, 4 * rank):
         U, s, Vt = torch.linalg.svd(weight.detach().to(dtype) * rms, full_matrices=False)
         return Vt[:rank].T, U[:, :rank] * s[:rank], rms
     size = min(size, smaller) // 16 * 16
     Q = _omega(len(rms), size).to(weight.device, dtype, copy=True)  # random, until X_i takes its columns' place
-    image = weight.new_empty(len(weight), size, dtype=dtype)  # W S Q
+    WSQ = weight.new_empty(len(weight), size, dtype=dtype)
     parts, Y = _parts(weight), _omega(len(weight), 16).to(weight.device, dtype)
     for i in range(0, size, 16):
-        # y^T W, and not W^T y, which is the same and slower on a CPU
+        # (y^T W)^T, for W^T y is slower on a CPU
         new = rms[:, None] * sum(y.T @ part.to(dtype) for part, y in zip(parts, Y.split(len(parts[0])))).T
         X = new / new.norm(dtype=torch.float64).clamp_min(1e-30)
         X = X + 1e-6 * Q[:, i:i + 16]  # where W S holds no more, go on at random
         for _ in range(2):  # a second time, for the first one's rounding
             X = torch.linalg.qr(X - Q[:, :i] @ (Q[:, :i].T @ X))[0]
         Y = torch.cat([part.to(dtype) @ (rms[:, None] * X) for part in parts])
-        Q[:, i:i + 16], image[:, i:i + 16] = X, Y
-    double = image.double()  # R from image^T image, whose eigenvalues are s^2 and rise: float32 would blur the small
+        Q[:, i:i + 16], WSQ[:, i:i + 16] = X, Y
+    double = WSQ.double()  # R from (W S Q)^T W S Q, whose eigenvalues are s^2 and rise: float32 would blur the small
     R = torch.linalg.eigh(double.T @ double)[1][:, -rank:].flip(-1).to(dtype)
-    return Q @ R, image @ R, rms
+    return Q @ R, WSQ @ R, rms
 
 def _parts(weight):
     """Its rows, about a million numbers at a time, to convert and multiply: a copy of a whole layer may be large."""
@@ -179,24 +182,25 @@ def _parts(weight):
 # where theta_l is the importance of layer l.  Departure: the released code solves this for real numbers with SciPy and
 # truncates, which leaves part of the budget unspent.
 #
-# |W_ij| rms_j is the significance of a weight (OWL): what it brings to its output.  In some layers a few outliers bring
-# most of it.  They get more rank:  theta_l = cost_l * significance_variation; cost_l alone would mean equal ranks.
+# At the optimum theta_l / (cost_l r_l) is the same in all layers, but for bounds and rounding.  So r_l follows
+# theta_l / cost_l, and theta_l = cost_l means equal ranks.  |W_ij| rms_j is the significance of a weight (OWL): what it
+# brings to an output.  Layers where a few outliers bring most of it get more:  theta_l = cost_l * variation_l.
 
 def significance_variation(weight, channel_rms):
     """How unevenly a layer's significance is spread: the variance of |W_ij| rms_j over its squared mean.
 
     weight (out, in), channel_rms (in,) -> a number without unit: 0 if all weights count alike, pi / 2 - 1 = .57 for a
     Gaussian W and equally loud channels (also where W or the input is zero, for want of better), and more the heavier
-    the tail of outliers.  Departure: OWL counts the entries above a threshold; see outlier_score.
+    the tail of outliers.  Dead channels do not count.  Departure: OWL counts the entries above a threshold.
     """
-    rms = channel_rms.double()
     total = squares = 0.0
     for part in _parts(weight):
-        part = part.float()
-        total += float(part.abs().sum(0).double() @ rms)
-        squares += float(part.square().sum(0).double() @ rms.square())
-    # not below 0 by rounding, as where there is one weight alone
-    return max(squares * weight.numel() / total ** 2 - 1, 0) if total > 0 else math.pi / 2 - 1
+        significance = part.double().abs() * channel_rms  # in float32 the squares could overflow
+        total += float(significance.sum())
+        squares += float(significance.square().sum())
+    live = len(weight) * int((channel_rms > 0).sum())
+    # not quite 0, or rounding would rank the layers where all weights count alike
+    return max(squares * live / total ** 2 - 1, 1e-9) if total > 0 else math.pi / 2 - 1
 
 def outlier_score(weight, channel_rms, threshold=2.0):
     """How much outlier a layer holds: weights whose significance is more than `threshold` times the mean.
@@ -204,7 +208,7 @@ def outlier_score(weight, channel_rms, threshold=2.0):
     weight (out, in), channel_rms (in,) -> (mass, fraction): the sum of the outliers' significance, in units of
     activation, and their share of the entries, 0 .. 1.
 
-    Departure: OWL uses the fraction, at threshold 5.  That is blind to a layer's size and scale; the mass is not.
+    Departure: OWL uses the fraction, at threshold 5.  The mass also grows with a layer's size and scale.
     """
     def significance():
         return (part.float().abs() * channel_rms.float() for part in _parts(weight))
@@ -224,12 +228,13 @@ def _least_ranks(importance, costs, budget, min_rank, max_ranks):
     if not (np.isfinite(theta).all() and min([min_rank, *costs, *max_ranks]) >= 1 and theta.min() >= 0):
         raise ValueError(f"importance={importance} must be finite and >= 0; min_rank={min_rank}, costs={costs} and "
                          f"max_ranks={max_ranks} must be >= 1")
-    # A layer of no importance grows last; if none has any, all count the same.
+    # A layer of no importance grows last; if none has any, all count the same (and cheap ones get more).
     theta = np.maximum(theta / theta.max(), 1e-9) if theta.any() else np.ones_like(theta)
     ranks = [min(min_rank, most) for most in max_ranks]
     least = sum(cost * r for cost, r in zip(costs, ranks))
     if least > budget:
-        raise ValueError(f"budget={budget} is too small: min_rank={min_rank} takes {least}: raise it or lower min_rank")
+        raise ValueError(f"budget={budget} is too small, for min_rank={min_rank} takes {least}: raise the budget "
+                         "(apply_aira's rank) or lower min_rank")
     return ranks, theta, budget - least
 
 def _units(ranks, theta, max_ranks):
@@ -299,6 +304,14 @@ def knapsack_ranks(importance, costs, budget, min_rank, max_ranks):
         i = previous[i]
     return ranks
 
+IMPORTANCE = {  # theta of a layer, from its (out, in) weight, its Statistics and its cost
+    "variation": lambda weight, seen, cost: cost * significance_variation(weight, seen.rms),
+    "outlier": lambda weight, seen, cost: outlier_score(weight, seen.rms)[0],  # these three as in their sources
+    "fraction": lambda weight, seen, cost: outlier_score(weight, seen.rms, threshold=5.0)[1],
+    "activation": lambda weight, seen, cost: seen.output_norm,
+    "uniform": lambda weight, seen, cost: cost}
+ALLOCATE = {"knapsack": knapsack_ranks, "greedy": greedy_ranks}
+
 # ---- 4. AiraLinear -------------------------------------------------------------------------------------------------
 # The paper amplifies the updates of significant weights.  Multiplying a gradient by a constant would be a placebo, for
 # Adam divides it out again.  So we change coordinates: training moves lora_A, and the layer computes with
@@ -316,7 +329,8 @@ def knapsack_ranks(importance, costs, budget, min_rank, max_ranks):
 #
 # How large?  LoRA draws A's entries with variance 1 / (3 in), so that (A_i x)^2, A_i a row, is about 1 / 3 for inputs
 # of unit RMS.  We scale G so that |G x|^2 = in / 12 on average, whatever the inputs' RMS; then rows of length 2, as
-# A = 2 V^T G with part 2's V, have the same 1 / 3.  Rows of length 1 and twice the G would start alike and step twice
+# A = 2 V^T G with part 2's V, have about the same 1 / 3 (more where V follows channels that are loud beyond the k
+# directions).  Rows of length 1 and twice the G would start alike and step twice
 # as far: that diverged at high rates.
 #
 # Departure: this amplifies quiet directions, where the abstract speaks of significant weights: amplifying loud inputs
@@ -441,7 +455,7 @@ def is_linear(module):
 
 # ---- 5. apply_aira -------------------------------------------------------------------------------------------------
 
-# of a layer; shape (out, in), score its importance
+# of a layer; shape (out, in), score its theta
 Row = namedtuple("Row", "name shape tokens score rank parameters")
 
 class Report(namedtuple("Report", "rows budget fixed skipped")):
@@ -580,7 +594,8 @@ def _build(layer, seen, rank, init, amplify):
     if init == "subspace":
         return AiraLinear(layer, lora_A=2 * V.T, lora_B=lora_B, **G)
     if out_features >= in_features:
-        U = torch.linalg.qr(image)[0]  # image's columns, which are orthogonal, at length 1
+        # image's orthogonal columns, at length 1 (where W is zero: any)
+        U = torch.linalg.qr(image if image.any() else _omega(out_features, rank).to(image))[0]
         return AiraLinear(layer, lora_A=lora_A, start_B=U * math.sqrt(rank * out_features) / in_features, **G)
     return AiraLinear(layer, lora_B=lora_B, start_A=times_gain(2 * V.T, gain, directions))
 
@@ -590,15 +605,6 @@ def _replace(model, swap):
         for key, child in list(parent._modules.items()):
             if id(child) in swap:
                 setattr(parent, key, swap[id(child)])
-
-IMPORTANCE = {  # theta of a layer, from its (out, in) weight, its Statistics and its cost
-    "variation": lambda weight, seen, cost: cost * significance_variation(weight, seen.rms),
-    "outlier": lambda weight, seen, cost: outlier_score(weight, seen.rms)[0],
-    "fraction": lambda weight, seen, cost: outlier_score(weight, seen.rms, threshold=5.0)[1],
-    "activation": lambda weight, seen, cost: seen.output_norm,
-    # equal ranks, for a unit's worth per parameter is then log((r + 1) / r) in every layer
-    "uniform": lambda weight, seen, cost: cost}
-ALLOCATE = {"knapsack": knapsack_ranks, "greedy": greedy_ranks}
 
 def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="narrow", importance="variation",
                allocate="knapsack", min_rank=1, max_rank=None, also_train=(), amplify=0.5, directions=32):
@@ -612,13 +618,13 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="narrow", im
     init         "narrow": a layer's wide factor comes from the SVD and stays, its narrow one is trained; the budget
                  buys two to five times LoRA's rank, and convergence was fastest (README).  A layer with few outputs or
                  inputs, as a small head, then has few directions to move in: put it in also_train.
-                 "subspace": A comes from the SVD, B is zero, both are trained; a LoRA of average rank `rank`.
+                 "subspace": A comes from the SVD, B is zero, both are trained; a LoRA of rank about `rank`.
                  "svd": the paper's start, both come from the weighted SVD and are trained; exports at twice its rank
     importance   "variation" (see part 3), "outlier" (mass), "fraction" (OWL's, threshold 5), "activation" (mean ||y||),
                  "uniform" (equal ranks)
     allocate     "knapsack" (exact) or "greedy"
-    min_rank, max_rank      bounds on every layer's rank, beside min(in, out); max_rank=None is twice the equal rank,
-                 lest one layer with extreme outliers take it all
+    min_rank, max_rank      bounds on every layer's rank, beside min(in, out); max_rank=None is twice the rank that
+                 all layers could have alike, lest one with extreme outliers take it all
     also_train   names of modules or their endings that are trained in full and saved along: a new head, norms
     amplify      power p of the gain G ~ C^-p; 0 turns amplification off, and G just scales inputs to one size
     directions   k, the number of principal directions that G tells apart
@@ -636,6 +642,7 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="narrow", im
                                ("max_rank", min_rank if max_rank is None else max_rank, min_rank)):
         if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name}={value!r} must be a whole number >= {least}")
+    rank, min_rank = int(rank), int(min_rank)  # NumPy's would overflow
     for name, value, known in (("init", init, ("narrow", "subspace", "svd")), ("allocate", allocate, tuple(ALLOCATE)),
                                ("importance", importance, tuple(IMPORTANCE))):
         if value not in known:
@@ -664,8 +671,9 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="narrow", im
     costs = [(min if init == "narrow" else sum)(weight.shape) for weight in weights.values()]
     scores = [IMPORTANCE[importance](weights[name], statistics[name], cost) for name, cost in zip(layers, costs)]
     budget = rank * sum(sum(weight.shape) for weight in weights.values())
-    most = max(min_rank, 2 * budget // sum(costs)) if max_rank is None else max_rank
-    ranks = ALLOCATE[allocate](scores, costs, budget, min_rank, [min(*w.shape, most) for w in weights.values()])
+    sides = [min(weight.shape) for weight in weights.values()]
+    most = 2 * max(greedy_ranks(costs, costs, budget, min_rank, sides)) if max_rank is None else int(max_rank)
+    ranks = ALLOCATE[allocate](scores, costs, budget, min_rank, [min(side, most) for side in sides])
 
     swap, rows, fixed = {}, [], 0
     for (name, layer), score, cost, r in zip(layers.items(), scores, costs, ranks):

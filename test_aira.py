@@ -371,7 +371,11 @@ def test_significance_variation_by_hand():
     noise = significance_variation(torch.randn(1000, 1000), torch.ones(1000))
     assert noise == pytest.approx(np.pi / 2 - 1, rel=0.01)  # of |z|: mean (2 / pi)^.5, mean square 1
     assert significance_variation(torch.zeros(2, 3), rms) == np.pi / 2 - 1 == significance_variation(W, 0 * rms)
-    assert significance_variation(1e18 * W, 1e18 * rms) == pytest.approx(significance_variation(W, rms), rel=1e-6)
+    for scale in (1e30, 1e-30):  # the squares would not fit float32
+        assert significance_variation(scale * W, rms / scale) == pytest.approx(significance_variation(W, rms), rel=1e-6)
+    dead = torch.tensor([1.0, 0, 4, 2, 0])  # channels that are never on are nobody's outliers
+    wider = W[:, [0, 0, 1, 2, 2]]
+    assert significance_variation(wider, dead) == pytest.approx(significance_variation(W, rms), rel=1e-6)
 
 
 def value_of(ranks, importance):
@@ -664,6 +668,46 @@ def test_outliers_bring_rank_and_one_layer_cannot_take_it_all():
         remove_aira(model)
     ranks = [row.rank for row in apply_aira(model, lambda: model(x), rank=3, max_rank=20).rows]
     assert ranks[2] == 20 and sum(ranks) == 24
+
+
+@pytest.mark.parametrize("init, rank", [("subspace", 8), ("subspace", 32), ("narrow", 8)])
+def test_thin_layers_leave_their_share_to_the_thick(init, rank):
+    """Ten layers have at most rank 4, so what all could have alike is more than budget / costs."""
+    parts = [part for _ in range(10) for part in (nn.Linear(100, 4), nn.Linear(4, 100))]
+    model, x = nn.Sequential(*parts, nn.Linear(100, 512), nn.Linear(512, 512)), torch.randn(64, 100)
+    report = apply_aira(model, lambda: model(x), rank=rank, init=init)
+    spent, grows = sum(row.parameters for row in report.rows), [row for row in report.rows if row.rank < min(row.shape)]
+    assert not grows or report.budget - spent < min(row.parameters // row.rank for row in grows)
+
+
+def test_numpy_integers_do_not_overflow():
+    model, x = Net(), inputs(dtype=torch.float32)
+    ranks = [row.rank for row in apply_aira(model, lambda: model(x), rank=100, min_rank=2, max_rank=9).rows]
+    remove_aira(model)
+    small = {"rank": np.int8(100), "min_rank": np.int8(2), "max_rank": np.int8(9)}
+    assert [row.rank for row in apply_aira(model, lambda: model(x), **small).rows] == ranks
+
+
+def test_constant_layers_rank_alike():
+    """Their variation is 0 but for rounding, which must not decide."""
+    shapes = (6, 33), (33, 70), (70, 33), (33, 6)
+    model, x = nn.Sequential(*(nn.Linear(i, o, bias=False) for i, o in shapes)), torch.ones(8, 6)
+    for part, value in zip(model, (0.1, 0.7, 0.3, 1.1)):
+        nn.init.constant_(part.weight, value)
+    ranks = [row.rank for row in apply_aira(model, lambda: model(x), rank=2, init="subspace").rows]
+    assert ranks == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("shape", [(64, 16), (16, 64), (300, 280), (280, 300)])
+def test_a_layer_of_zeros_can_move_in_all_outputs_and_from_the_channels_that_are_heard(init, shape):
+    """As adaLN-zero has them.  A zero matrix' own singular vectors are coordinates: the first ones are dead here."""
+    model, x = nn.Sequential(nn.Linear(shape[1], shape[0], bias=False)), torch.randn(64, shape[1])
+    x[:, : shape[1] // 2] = 0
+    nn.init.zeros_(model[0].weight)
+    apply_aira(model, lambda: model(x), rank=2, init=init)
+    fit(model, x, 3)
+    assert (model(x).abs().max(0)[0] > 1e-4).all()
 
 
 @pytest.mark.parametrize("allocate", [greedy_ranks, knapsack_ranks])

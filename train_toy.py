@@ -394,9 +394,10 @@ def report(results, steps):
     if "full fine-tuning" in results:
         full, ours = (losses(best(results[name]))[-1] for name in ("full fine-tuning", "AIRA"))
         noise = statistics.pstdev(run["curve"][-1][0] for run in best(results[scaled]))
-        print(f"\nAIRA closes {(tuned - ours) / (tuned - full):.0%} of the gap from {scaled} to full fine-tuning."
-              if tuned - full > noise else f"\nFull fine-tuning ends {tuned - full:.4f} below {scaled}, whose deviation "
-              f"is {noise:.4f}: there is no gap to close.")
+        gap = (f"AIRA closes {(tuned - ours) / (tuned - full):.0%} of the gap from {scaled} to full fine-tuning."
+               if tuned - full > noise else f"There is no gap to close: full fine-tuning ends {tuned - full:.4f} below "
+               f"{scaled}, whose deviation is {noise:.4f}.")
+        print(f"\n{gap}")
     print(f"\nFinal loss at every rate, and steps to LoRA's final loss at the same rate\n\n{'method':24}" +
           "".join(f"{rate:>14.2g}" for rate in rates))
     for name, method in results.items():
