@@ -193,14 +193,14 @@ def significance_variation(weight, channel_rms):
     Gaussian W and equally loud channels (also where W or the input is zero, for want of better), and more the heavier
     the tail of outliers.  Dead channels do not count.  Departure: OWL counts the entries above a threshold.
     """
-    total = squares = 0.0
+    rms, total, squares = channel_rms.double(), 0.0, 0.0
     for part in _parts(weight):
-        significance = part.double().abs() * channel_rms  # in float32 the squares could overflow
-        total += float(significance.sum())
-        squares += float(significance.square().sum())
-    live = len(weight) * int((channel_rms > 0).sum())
+        part = part.float()
+        total += float(part.abs().sum(0).double() @ rms)
+        squares += float(part.square().sum(0).double() @ rms.square())
+    live = len(weight) * int((rms > 0).sum())
     # not quite 0, or rounding would rank the layers where all weights count alike
-    return max(squares * live / total ** 2 - 1, 1e-9) if total > 0 else math.pi / 2 - 1
+    return max(squares * live / total ** 2 - 1, 1e-6) if total else math.pi / 2 - 1
 
 def outlier_score(weight, channel_rms, threshold=2.0):
     """How much outlier a layer holds: weights whose significance is more than `threshold` times the mean.
