@@ -306,7 +306,7 @@ def knapsack_ranks(importance, costs, budget, min_rank, max_ranks):
 
 IMPORTANCE = {  # theta of a layer, from its (out, in) weight, its Statistics and its cost
     "variation": lambda weight, seen, cost: cost * significance_variation(weight, seen.rms),
-    "outlier": lambda weight, seen, cost: outlier_score(weight, seen.rms)[0],  # these three as in their sources
+    "outlier": lambda weight, seen, cost: outlier_score(weight, seen.rms)[0],  # these three without the cost
     "fraction": lambda weight, seen, cost: outlier_score(weight, seen.rms, threshold=5.0)[1],
     "activation": lambda weight, seen, cost: seen.output_norm,
     "uniform": lambda weight, seen, cost: cost}
