@@ -147,11 +147,11 @@ def _weighted_svd(weight, rms, rank, size):
     rms = rms.to(dtype)
     rms = rms.clamp_min(1e-4 * rms.mean()) if rms.any() else torch.ones_like(rms)
     smaller = min(weight.shape)
-    if not weight.any():  # at its initialisation: all directions are as good, but not coordinates, which may be dead
-        return _omega(len(rms), rank).to(weight.device, dtype), weight.new_zeros(len(weight), rank, dtype=dtype), rms
     if smaller <= max(256, 4 * rank):
         U, s, Vt = torch.linalg.svd(weight.detach().to(dtype) * rms, full_matrices=False)
-        return Vt[:rank].T, U[:, :rank] * s[:rank], rms
+        # where W is zero all directions are as good, but not coordinates, which may be dead
+        V = Vt[:rank].T if s[0] > 0 else _omega(len(rms), rank).to(Vt)
+        return V, U[:, :rank] * s[:rank], rms
     size = min(size, smaller) // 16 * 16
     Q = _omega(len(rms), size).to(weight.device, dtype, copy=True)  # random, until X_i takes its columns' place
     WSQ = weight.new_empty(len(weight), size, dtype=dtype)
