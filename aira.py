@@ -330,8 +330,7 @@ ALLOCATE = {"knapsack": knapsack_ranks, "greedy": greedy_ranks}
 # How large?  LoRA draws A's entries with variance 1 / (3 in), so that (A_i x)^2, A_i a row, is about 1 / 3 for inputs
 # of unit RMS.  We scale G so that |G x|^2 = in / 12 on average, whatever the inputs' RMS; then rows of length 2, as
 # A = 2 V^T G with part 2's V, have about the same 1 / 3 (more where V follows channels that are loud beyond the k
-# directions).  Rows of length 1 and twice the G would start alike and step twice
-# as far: that diverged at high rates.
+# directions).  Rows of length 1 and twice the G would start alike and step twice as far: that diverged at high rates.
 #
 # Departure: this amplifies quiet directions, where the abstract speaks of significant weights: amplifying loud inputs
 # with a diagonal G slowed convergence in a prototype.  And the released code multiplies the adapter's output by a gate
