@@ -191,7 +191,8 @@ def significance_variation(weight, channel_rms):
 
     weight (out, in), channel_rms (in,) -> a number without unit: 0 if all weights count alike, pi / 2 - 1 = .57 for a
     Gaussian W and equally loud channels (also where W or the input is zero, for want of better), and more the heavier
-    the tail of outliers.  Dead channels do not count.  Departure: OWL counts the entries above a threshold.
+    the tail of outliers.  Dead channels do not count.  Departure: OWL counts the entries above a threshold, and so does
+    not tell a weight of 6 times the mean from one of 600.
     """
     rms, total, squares = channel_rms.double(), 0.0, 0.0
     for part in _parts(weight):
@@ -306,7 +307,8 @@ def knapsack_ranks(importance, costs, budget, min_rank, max_ranks):
 
 IMPORTANCE = {  # theta of a layer, from its (out, in) weight, its Statistics and its cost
     "variation": lambda weight, seen, cost: cost * significance_variation(weight, seen.rms),
-    "outlier": lambda weight, seen, cost: outlier_score(weight, seen.rms)[0],  # these three without the cost
+    # the next three as they are, without the cost: so where costs differ, cheap layers get more
+    "outlier": lambda weight, seen, cost: outlier_score(weight, seen.rms)[0],
     "fraction": lambda weight, seen, cost: outlier_score(weight, seen.rms, threshold=5.0)[1],
     "activation": lambda weight, seen, cost: seen.output_norm,
     "uniform": lambda weight, seen, cost: cost}
@@ -671,6 +673,7 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="narrow", im
     scores = [IMPORTANCE[importance](weights[name], statistics[name], cost) for name, cost in zip(layers, costs)]
     budget = rank * sum(sum(weight.shape) for weight in weights.values())
     sides = [min(weight.shape) for weight in weights.values()]
+    # theta = cost: equal ranks
     most = 2 * max(greedy_ranks(costs, costs, budget, min_rank, sides)) if max_rank is None else int(max_rank)
     ranks = ALLOCATE[allocate](scores, costs, budget, min_rank, [min(side, most) for side in sides])
 

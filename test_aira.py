@@ -282,12 +282,13 @@ def test_large_svd_is_within_a_thousandth_of_the_optimum_and_repeatable(spectrum
     assert all(map(torch.equal, (B, A), outlier_weighted_svd(W, rms, 8)))
 
 
-@pytest.mark.parametrize("spectrum, slack", [("noise", 1e-3), ("power law", 0)])
-def test_the_fast_start_errs_no_more_than_the_one_that_peft_calls(spectrum, slack):
-    """pissa_niter_4 is torch.svd_lowrank with q = rank and niter = 4."""
+@pytest.mark.parametrize("size, spectrum, slack", [
+    (64, "noise", 0), (64, "power law", 0), (48, "noise", 1e-3), (48, "power law", 0)])  # _build asks for 48
+def test_the_fast_svd_errs_no_more_than_the_one_that_peft_calls(size, spectrum, slack):
+    """pissa_niter_4 is torch.svd_lowrank with q = rank and niter = 4.  At _build's size ours may lose a little on noise."""
     u, v = (torch.linalg.qr(torch.randn(n, 512))[0] for n in (768, 512))
     W = torch.randn(768, 512) if spectrum == "noise" else u * torch.arange(1, 513.0) ** -1 @ v.T
-    V, image, _ = aira._weighted_svd(W, torch.ones(512), 16, size=48)  # as _build asks for at rank 16
+    V, image, _ = aira._weighted_svd(W, torch.ones(512), 16, size)
     U, s, peft_V = torch.svd_lowrank(W, q=16, niter=4)
     assert (W - image @ V.T).norm() <= (1 + slack) * (W - U * s @ peft_V.T).norm()
     close(image, W @ V, 1e-4)
