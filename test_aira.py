@@ -285,7 +285,7 @@ def test_large_svd_is_within_a_thousandth_of_the_optimum_and_repeatable(spectrum
 @pytest.mark.parametrize("size, spectrum, slack", [
     (64, "noise", 0), (64, "power law", 0), (48, "noise", 1e-3), (48, "power law", 0)])  # _build asks for 48
 def test_the_fast_svd_errs_no_more_than_the_one_that_peft_calls(size, spectrum, slack):
-    """pissa_niter_4 is torch.svd_lowrank with q = rank and niter = 4.  At _build's size ours may lose a bit on noise."""
+    """pissa_niter_4 is torch.svd_lowrank with q = rank and niter = 4.  At _build's size ours loses a bit on noise."""
     u, v = (torch.linalg.qr(torch.randn(n, 512))[0] for n in (768, 512))
     W = torch.randn(768, 512) if spectrum == "noise" else u * torch.arange(1, 513.0) ** -1 @ v.T
     V, image, _ = aira._weighted_svd(W, torch.ones(512), 16, size)
