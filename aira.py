@@ -578,7 +578,7 @@ def _calibrate(model, layers, run, k):
 # B0's columns have length |B0|.  |B0| = sqrt(r out) / in makes that lr r / 4: half of the other, whatever the widths.
 # Twice as much, equal steps, wanted half the learning rate and ended alike; this one suits LoRA's best rate.
 
-def _build(layer, seen, rank, init, amplify):
+def _build(layer, seen, rank, init, amplify, start):
     """The adapter of one layer, from its Statistics."""
     weight = _out_in(layer)
     out_features, in_features = weight.shape
@@ -591,7 +591,10 @@ def _build(layer, seen, rank, init, amplify):
         B, A = outlier_weighted_svd(weight, seen.rms, rank)
         return AiraLinear(layer, lora_A=lora_A, lora_B=lora_B, start_A=A, start_B=B, **G)
     # coarser than in outlier_weighted_svd: these are only the directions in which training starts, or moves
-    V, image, _ = _weighted_svd(weight, seen.rms, rank, size=rank + 32)
+    if start == "svd":
+        V, image, _ = _weighted_svd(weight, seen.rms, rank, size=rank + 32)
+    else:
+        image, V = (torch.linalg.qr(torch.randn(n, rank))[0].to(gain) for n in weight.shape)
     if init == "subspace":
         return AiraLinear(layer, lora_A=2 * V.T, lora_B=lora_B, **G)
     if out_features >= in_features:
@@ -608,7 +611,8 @@ def _replace(model, swap):
                 setattr(parent, key, swap[id(child)])
 
 def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="narrow", importance="variation",
-               allocate="knapsack", min_rank=1, max_rank=None, also_train=(), amplify=0.5, directions=32):
+               allocate="knapsack", min_rank=1, max_rank=None, also_train=(), amplify=0.5, directions=32,
+               start="svd"):
     """Put AIRA adapters into `model` in place, freeze everything else, and return a Report that prints as a table.
 
     calibrate    callable without arguments that runs the model on representative batches; a few thousand tokens do, and
@@ -628,6 +632,7 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="narrow", im
                  all layers could have alike, lest one with extreme outliers take it all
     also_train   names of modules or their endings that are trained in full and saved along: a new head, norms
     amplify      power p of the gain G ~ C^-p; 0 turns amplification off, and G just scales inputs to one size
+    start        "random": orthonormal random factors in place of the SVD's, for comparison
     directions   k, the number of principal directions that G tells apart
 
     Call it before the optimizer is built and before torch.compile, DDP or fully_shard; under torch.distributed on all
@@ -645,7 +650,7 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="narrow", im
             raise ValueError(f"{name}={value!r} must be a whole number >= {least}")
     rank, min_rank = int(rank), int(min_rank)  # NumPy's would overflow
     for name, value, known in (("init", init, ("narrow", "subspace", "svd")), ("allocate", allocate, tuple(ALLOCATE)),
-                               ("importance", importance, tuple(IMPORTANCE))):
+                               ("importance", importance, tuple(IMPORTANCE)), ("start", start, ("svd", "random"))):
         if value not in known:
             raise ValueError(f"{name}={value!r} must be one of {known}")
     if not (isinstance(amplify, (int, float)) and 0 <= amplify <= 1):
@@ -679,7 +684,7 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, init="narrow", im
 
     swap, rows, fixed = {}, [], 0
     for (name, layer), score, cost, r in zip(layers.items(), scores, costs, ranks):
-        swap[id(layer)] = adapter = _build(layer, statistics[name], r, init, amplify)
+        swap[id(layer)] = adapter = _build(layer, statistics[name], r, init, amplify, start)
         fixed += sum(p.numel() for p in adapter.parameters(recurse=False) if not p.requires_grad)
         rows.append(Row(name, tuple(weights[name].shape), statistics[name].tokens, score, r, cost * r))
         if len(layers) > 50:

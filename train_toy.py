@@ -1,640 +1,426 @@
 # SPDX-License-Identifier: MIT
-"""Fine-tune a small transformer with LoRA and with AIRA, on data that every machine with torch and numpy has.
+"""Fine-tune a small pretrained transformer with LoRA, with AIRA and in full, and print who wins.
 
-    python train_toy.py                 # LoRA and AIRA, three learning rates each; CPU or GPU, no downloads
-    python train_toy.py --full          # all methods and ablations, six learning rates, five seeds: README's tables
-    python train_toy.py --model vit     # images instead of text; goes with all other options
-    python train_toy.py --tiny          # seconds, to see that it runs
-    python train_toy.py --bench         # speed and memory against Hugging Face PEFT
-    torchrun --nproc-per-node=2 train_toy.py        # data-parallel, with the same results
+    python train_toy.py                 # four methods, one seed; no downloads
+    python train_toy.py --full          # all baselines, AIRA without each idea, sizes, five seeds
+    python train_toy.py --model vit     # images instead of text; goes with every other option
+    python train_toy.py --tiny          # seconds, only to see that it runs
 
-gpt: a byte-level GPT learns Python's standard library, then moves to the C++ headers inside the torch package.
-vit: a ViT learns to tell 64 glyphs of straight strokes apart, then 32 glyphs of curved strokes from 32 images each.
-The pretrained model is kept in .cache/.  All methods get the same data in the same order, steps, schedule (10 %
-warm-up, cosine to 10 %), AdamW without weight decay, and clipping at norm 1; LoRA and AIRA train equally many
-parameters.
+gpt: a byte-level GPT learns Python's standard library, then moves to C++, the headers in torch.
+vit: a ViT learns to tell 64 glyphs of straight strokes apart, then 32 of curved ones, in negative.
+The base is pretrained once, kept in .cache/, and compared with yardsticks counted on its own data.
 
-Measured with --full, five seeds (torch 2.13.0, two CPU cores): with each method at its own best rate, AIRA reaches
-LoRA's final loss on the GPT after 36 +- 4 of 100 steps, and that of LoRA with its scale tuned as well after 44 +- 4;
-it ends at 2.650, full fine-tuning at 2.683, LoRA at 2.871.  On the ViT, where runs differ more, it takes 50 +- 12 and
-51 +- 12.  README has all cells, the lost ones included.
+Protocol: whole files, or images, are training, validation or test.  All methods get the same data
+in the same order, AdamW without decay (one row Muon), clipping at norm 1, 10 % warm-up, a cosine to
+10 %.  Rates (and LoRA's scale, in one row) are chosen on validation, on seeds of their own, from a
+grid that grows by 2 until its best lies inside; then the reported seeds run, and test is read.
 """
-import argparse
-import contextlib
-import copy
-import functools
-import json
-import math
-import multiprocessing
-import os
-import random
-import statistics
-import sys
-import sysconfig
-import time
+import argparse, copy, functools, json, math, multiprocessing, os, random, sys, sysconfig, time
+from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from unittest import mock
+from statistics import fmean, median
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from aira import apply_aira, merge_aira, outlier_weighted_svd
+from aira import AiraLinear, aira_state_dict, apply_aira, outlier_weighted_svd
 
-HERE = Path(__file__).resolve().parent
-WORLD, PLACE = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))  # of torchrun's processes
-GPUS_ENOUGH = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-DEVICE = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if GPUS_ENOUGH else "cpu"
-CONTEXT = 64  # bytes a text
-RANK = 16
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CONTEXT = 64  # bytes a window
 LAYERS = "qkv", "proj", "up", "down"  # what is adapted: all but the embedding and the head
-EVERY = 10  # steps between two points of a curve
-HEAD_RATE = 0.008  # of a new head, in all methods, best for LoRA: so that a method's own rate is about what it adapts
+HEAD_RATE = 0.008  # of the ViT's new head: a method's own rate is about what it adapts
+POINTS = 10  # of a curve
 
-
-# ---- Two transformers from plain nn.Linear -------------------------------------------------------------------------
-
+# ---- 1. Two transformers from plain nn.Linear ----------------------------------------------------
 
 class Block(nn.Module):
-    def __init__(self, width, heads, causal):
+    def __init__(self, width, causal):
         super().__init__()
-        self.heads, self.causal = heads, causal
-        self.norm1, self.qkv, self.proj = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.norm2, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.heads, self.causal = width // 32, causal
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x):
         b, t, d = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(self.norm1(x)).view(b, t, 3, self.heads, 32).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         x = x + self.proj(mixed.transpose(1, 2).reshape(b, t, d))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
-
 class Transformer(nn.Module):
-    def __init__(self, embedding, places, outputs, width, layers, causal):
+    """GPT: bytes (b, t) -> logits (b, t, 256).  ViT: patches (b, 16, 64) -> logits (b, classes)."""
+
+    def __init__(self, kind, width, layers):
         super().__init__()
-        self.embedding, self.places, self.causal = embedding, nn.Embedding(places, width), causal
-        self.blocks = nn.ModuleList(Block(width, width // 32, causal) for _ in range(layers))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, outputs)
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
+        self.causal = kind == "gpt"
+        self.embedding = nn.Embedding(256, width) if self.causal else nn.Linear(64, width)
+        self.places = nn.Embedding(CONTEXT, width)
+        self.blocks = nn.ModuleList(Block(width, self.causal) for _ in range(layers))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 256 if self.causal else 64)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
                 last = name.endswith(("proj.weight", "down.weight"))
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * layers) if last else 0.02)
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * layers) if last else 0.02)
 
     def forward(self, x):
-        """GPT: bytes (b, t) -> logits (b, t, 256).  ViT: patches (b, 16, 64) -> logits (b, classes)."""
         h = self.embedding(x) + self.places.weight[: x.shape[1]]
         for block in self.blocks:
             h = block(h)
         return self.head(self.norm(h if self.causal else h.mean(1)))
 
+# ---- 2. Data: a part is a pair of tensors (x, y), a row an example -------------------------------
 
-# ---- Data: functions that draw a batch (x, y) from a generator -------------------------------------------------------
-
-
-def texts(folder, pattern, limit=8_000_000):
-    """Matching files, joined in a random order that is always the same; the last eighth is held out."""
-    skip = {"site-packages", "test", "tests", "idlelib", "pybind11"}
-    data, paths = bytearray(), sorted(Path(folder).rglob(pattern))
+def texts(folder, pattern):
+    """The files as windows of bytes: training, validation (512) and test (1,024) parts.  Much code is
+    copied or generated, so large files, some folders and repetitions of longer lines are left out."""
+    skip = {"site-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data",
+            "pybind11", "ops", "generated"}
+    paths = [path for path in sorted(Path(folder).rglob(pattern)) if path.stat().st_size < 200_000
+             and not skip & set(path.relative_to(folder).parts)]
     random.Random(0).shuffle(paths)
-    for path in paths:
-        if len(data) < limit and not skip & set(path.relative_to(folder).parts):
-            data += path.read_bytes()
-    if len(data) < 200_000:
-        sys.exit(f"train_toy.py needs at least 200 kB of {pattern} files in {folder} and found {len(data)} bytes: "
-                 "use a Python with its standard library's sources, and a torch wheel with its include folder")
-    data = torch.frombuffer(data, dtype=torch.uint8).long().to(DEVICE)
+    seen, parts = set(), [bytearray(), bytearray(), bytearray()]
+    for i, path in enumerate(paths):
+        for line in path.read_bytes().splitlines(keepends=True):
+            if len(line) < 20 or line not in seen:
+                parts[{0: 1, 1: 2}.get(i % 8, 0)] += line
+                seen.add(line)
+    if min(map(len, parts)) < 200_000:
+        sys.exit(f"train_toy.py needs megabytes of {pattern} in {folder}, found {len(paths)} files:"
+                 " use a Python with its sources and a torch wheel with its headers")
+    for i, most in enumerate((None, 512, 1024)):
+        rows = torch.frombuffer(parts[i], dtype=torch.uint8).long().unfold(0, CONTEXT + 1, CONTEXT + 1)
+        if most:
+            rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:most]]
+        parts[i] = rows[:, :-1].to(DEVICE), rows[:, 1:].to(DEVICE)
+    return parts
 
-    def draw(part, batch, generator):
-        start = torch.randint(len(part) - CONTEXT - 1, (batch,), generator=generator).to(DEVICE)
-        window = part[start[:, None] + torch.arange(CONTEXT + 1, device=DEVICE)]
-        return window[:, :-1], window[:, 1:]
+def glyphs(classes, sizes, curved, seed):
+    """Noisy 32 x 32 images of glyphs with four strokes, as patches (n, 16, 64), each a little bent
+    and shifted; curved ones in negative.  Parts of these sizes, [(patches, labels)]."""
+    rng, n, grid = np.random.default_rng(seed), sum(sizes), np.linspace(-1, 1, 32)
+    ends = rng.uniform(-0.7, 0.7, (2, classes, 4, 1, 2))
+    bend = rng.uniform(-0.6, 0.6, (classes, 4, 1, 2)) * curved
+    t, label = np.linspace(0, 1, 24)[:, None], rng.integers(classes, size=n)
+    strokes = ((1 - t) * ends[0] + t * ends[1] + 4 * t * (1 - t) * bend).reshape(classes, 96, 2)
+    points = strokes[label] @ (np.eye(2) + rng.normal(0, 0.1, (n, 2, 2)))
+    points += rng.normal(0, 0.12, (n, 1, 2))
+    x, y = (np.exp(-((points[:, :, [i]] - grid) / 0.075) ** 2) for i in (0, 1))
+    images = np.minimum(y.swapaxes(1, 2) @ x, 1) * rng.uniform(0.5, 1.5, (n, 1, 1)) * (1 - 2 * curved)
+    images = torch.tensor(images + rng.normal(0, 0.2, images.shape), dtype=torch.float32)
+    patches = images.view(n, 4, 8, 4, 8).transpose(2, 3).reshape(n, 16, 64)
+    return list(zip(*(t.to(DEVICE).split(sizes) for t in (patches, torch.tensor(label)))))
 
-    return functools.partial(draw, data[: -len(data) // 8]), functools.partial(draw, data[-len(data) // 8:])
+# ---- 3. Training ---------------------------------------------------------------------------------
 
+@torch.no_grad()
+def evaluate(model, part):
+    """Mean loss of each window or image (n,), and the share of right answers."""
+    losses, right = [], []
+    for x, y in zip(part[0].split(32), part[1].split(32)):
+        logits = model(x).flatten(0, -2)
+        loss = F.cross_entropy(logits, y.flatten(), reduction="none")
+        losses.append(loss.view(len(y), -1).mean(1))
+        right.append((logits.argmax(-1) == y.flatten()).float())
+    return torch.cat(losses).cpu(), torch.cat(right).mean().item()
 
-def glyphs(classes, shots, curved, seed):
-    """Noisy 32 x 32 images of `classes` glyphs, four strokes each, as patches (n, 16, 64); every image bends its glyph
-    a little otherwise.  `shots` images a class to train on, and sixteen a class held out."""
-    rng, total = np.random.default_rng(seed), shots + 16
-    ends, bend = rng.uniform(-0.7, 0.7, (2, classes, 4, 1, 2)), rng.uniform(-0.6, 0.6, (classes, 4, 1, 2)) * curved
-    t = np.linspace(0, 1, 24)[:, None]
-    strokes = ((1 - t) * ends[0] + t * ends[1] + 4 * t * (1 - t) * bend).reshape(classes, 1, 96, 2)
-    warp = np.eye(2) + rng.normal(0, 0.1, (classes, total, 2, 2))
-    points = (strokes @ warp + rng.normal(0, 0.12, (classes, total, 1, 2))).reshape(-1, 96, 2)
-    n = len(points)
-    grid, thickness = np.linspace(-1, 1, 32), rng.uniform(0.05, 0.1, (n, 1, 1))
-    x, y = (np.exp(-(((points[:, :, [i]] - grid) / thickness) ** 2)) for i in (0, 1))
-    images = np.minimum(y.swapaxes(1, 2) @ x, 1) * rng.uniform(0.5, 1.5, (n, 1, 1)) + rng.normal(0, 0.2, (n, 32, 32))
-    patches = images.reshape(classes, total, 4, 8, 4, 8).swapaxes(3, 4).reshape(classes, total, 16, 64)
-    patches = torch.tensor(patches, dtype=torch.float32, device=DEVICE)
-    labels = torch.arange(classes, device=DEVICE)[:, None].expand(classes, total)
+def train(model, part, rate, steps, seed, watch=None, points=1, muon=False, pretraining=False):
+    """Train what requires a gradient -> [evaluate(model, watch)] at so many points, the last one at
+    the end; before the end, the first quarter of `watch` must do."""
+    groups = {"matrices": [], "head": [], "rest": []}  # Muon's, the ViT's new head, all else
+    for name, p in model.named_parameters():
+        kind = ("matrices" if muon and name.startswith("blocks") and p.dim() == 2 else "head"
+                if name.startswith("head") and not model.causal and not pretraining else "rest")
+        groups[kind] += [p] * p.requires_grad
+    tools = [torch.optim.AdamW([{"params": groups["rest"], "lr": rate},
+                                {"params": groups["head"], "lr": HEAD_RATE}], weight_decay=0)]
+    if muon:  # its updates are scaled to AdamW's size, so one rate serves both
+        tools.append(torch.optim.Muon(groups["matrices"], rate, weight_decay=0,
+                                      adjust_lr_fn="match_rms_adamw"))
+    decay = (lambda u: (1 - u) ** 2) if pretraining else lambda u: .55 + .45 * math.cos(math.pi * u)
+    tools += [torch.optim.lr_scheduler.LambdaLR(
+        one, lambda i: min(1, (i + 1) / (0.1 * steps)) * decay(i / steps)) for one in tools]
+    generator, curve = torch.Generator().manual_seed(seed), []  # seeds the order of the data
+    for step in range(1, steps + 1):
+        rows = torch.randint(len(part[0]), (16 if model.causal else 32,), generator=generator)
+        x, y = (t[rows.to(DEVICE)] for t in part)
+        model.zero_grad()
+        F.cross_entropy(model(x).flatten(0, -2), y.flatten()).backward()
+        nn.utils.clip_grad_norm_(sum(groups.values(), []), 1.0)
+        for one in tools:  # the optimizers, then their schedules
+            one.step()
+        if watch and step * points // steps > (step - 1) * points // steps:
+            quarter = [t[:len(t) // 4] for t in watch]
+            curve.append(evaluate(model, watch if step == steps else quarter))
+    return curve
 
-    def draw(x, y, batch, generator):
-        chosen = torch.randint(len(x), (batch,), generator=generator).to(DEVICE)
-        return x[chosen], y[chosen]
+# ---- 4. The base, and yardsticks for what it knows -----------------------------------------------
 
-    return tuple(functools.partial(draw, patches[:, part].flatten(0, 1), labels[:, part].flatten())
-                 for part in (slice(shots), slice(shots, None)))
+def count_tables(train, test):
+    """Nats a byte on `test` of counted bytes, pairs, triples, each smoothed by the one before."""
+    p, results = 1 / 256, []
+    for n in (1, 2, 3):
+        code, asked = (sum(x[:, i:CONTEXT - n + 1 + i] << 8 * (n - 1 - i) for i in range(n)).ravel()
+                       for x in (train.cpu().numpy(), test.cpu().numpy()))
+        count = np.bincount(code, minlength=256 ** n).reshape(-1, 256)
+        p = (count[asked >> 8, asked & 255] + 4 * p) / (count.sum(1)[asked >> 8] + 4)
+        results.append(f"{-np.log(p).mean():.3f}")
+        p = p.reshape(len(test), -1)[:, 1:].ravel()  # the next table starts a byte later
+    return ", ".join(results)
 
-
-# ---- Training ------------------------------------------------------------------------------------------------------
-
-
-def loss_of(logits, y):
-    return F.cross_entropy(logits.flatten(0, -2), y.flatten())
-
-
-def fit(model, draw, rate, steps, batch, seed, held_out=None):
-    """Train what requires a gradient -> [(held-out loss, accuracy)] every EVERY steps, and the seconds of a step."""
-    generator = torch.Generator().manual_seed(seed)  # seeds the order of the data
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    head = [] if model.causal or not held_out else list(model.head.parameters())  # new: the ViT's, in fine-tuning
-    rest = [p for p in parameters if not any(p is q for q in head)]
-    groups = [{"params": rest, "peak": rate}, {"params": head, "peak": HEAD_RATE}]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    curve, seconds = [], []
-    for step in range(steps):
-        start = time.perf_counter()
-        warm, cosine = (step + 1) / (0.1 * steps), 0.5 + 0.5 * math.cos(math.pi * step / steps)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * min(1, warm) * (0.1 + 0.9 * cosine)
-        x, y = (part[PLACE::WORLD] for part in draw(batch, generator))  # this process's share of the batch
-        optimizer.zero_grad()
-        loss_of(model(x), y).backward()
-        if WORLD > 1:
-            for p in parameters:
-                dist.all_reduce(p.grad)
-                p.grad /= WORLD
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        if DEVICE != "cpu":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-        if held_out and (step + 1) % EVERY == 0:
-            with torch.no_grad():
-                logits, y = model(held_out[0]), held_out[1]
-                curve.append((loss_of(logits, y).item(), (logits.argmax(-1) == y).float().mean().item()))
-    return curve, statistics.median(seconds)
-
+def pretrain(model, steps, new):
+    """Train a new base in place -> in words, what it knows beside simple yardsticks."""
+    start, old = time.monotonic(), (texts(sysconfig.get_paths()["stdlib"], "*.py") if model.causal else
+                                    glyphs(64, (25_600, 512, 2048), curved=False, seed=0))
+    rate = 0.003 * min(1, 96 / model.head.in_features)
+    curve = train(model, old[0], rate, steps, 0, old[2], points=3, pretraining=True)
+    late = [loss[:len(old[2][0]) // 4].mean() for loss, _ in curve]
+    known = (f"pretrained in {time.monotonic() - start:.0f} s; its own test loss {curve[2][0].mean():.3f}"
+             f", {1 - late[2] / late[1]:.1%} lower than after two thirds;\n")
+    if model.causal:
+        text = torch.cat([new[0][0], new[0][1][:, -1:]], 1).byte().cpu().numpy().tobytes()
+        copied = fmean(bytes(row) in text for row in new[2][0].byte().cpu().numpy())
+        return known + (f"tables of bytes, pairs, triples {count_tables(old[0][0], old[2][0])}; "
+                        f"{copied:.1%} of the new test windows stand in the new training text")
+    x, z = (F.pad(part[0].flatten(1), (0, 1), value=1.0) for part in (old[0], old[2]))
+    linear = torch.linalg.lstsq(x, F.one_hot(old[0][1]).float()).solution  # pixels -> labels
+    right = ((z @ linear).argmax(1) == old[2][1]).float().mean()
+    return known + f"accuracy {curve[2][1]:.1%}, linear in pixels {right:.1%}, chance {1 / 64:.1%}"
 
 @functools.lru_cache(1)
-def prepare(kind, width, layers, before, batch):
-    """The pretrained model, draw for the new task, its held-out batch, and four batches to calibrate on."""
+def prepare(kind, width, layers, steps):
+    """The base (pretrained unless cached), what it knows, and the new task's three parts."""
     torch.manual_seed(0)
-    path = HERE / ".cache" / f"{kind}-{width}-{layers}-{before}.pt"
-    if kind == "gpt":
-        model = Transformer(nn.Embedding(256, width), CONTEXT, 256, width, layers, causal=True)
-        old = functools.partial(texts, sysconfig.get_paths()["stdlib"], "*.py")
-        draw, held_out = texts(Path(torch.__file__).parent / "include", "*.h")
-    else:
-        model = Transformer(nn.Linear(64, width), 16, 64, width, layers, causal=False)
-        old = functools.partial(glyphs, 64, 200, curved=False, seed=0)
-        draw, held_out = glyphs(32, 32, curved=True, seed=1)
-    model.to(DEVICE)
-    if path.exists():
-        model.load_state_dict(torch.load(path, map_location=DEVICE, weights_only=True))
-    else:
-        print(f"pretraining, {before} steps, once ...", file=sys.stderr, flush=True)
-        fit(model, old()[0], (3e-3 if kind == "gpt" else 1e-3) * min(1, 128 / width), before, batch, seed=0)
-        if PLACE == 0:
-            path.parent.mkdir(exist_ok=True)
-            torch.save(model.state_dict(), path)
-    if kind == "vit":
+    model = Transformer(kind, width, layers).to(DEVICE)
+    parts = (texts(Path(torch.__file__).parent / "include", "*.h") if model.causal else
+             glyphs(32, (3200, 512, 1024), curved=True, seed=1))
+    path = Path(__file__).resolve().parent / ".cache" / f"{kind}-{width}-{layers}-{steps}.pt"
+    if not path.exists():
+        print(f"pretraining, {steps:,} steps, once ...", file=sys.stderr, flush=True)
+        path.parent.mkdir(exist_ok=True)
+        torch.save({"known": pretrain(model, steps, parts), "model": model.state_dict()}, path)
+    saved = torch.load(path, map_location=DEVICE, weights_only=True)
+    model.load_state_dict(saved["model"])
+    if not model.causal:
         model.head = nn.Linear(width, 32, device=DEVICE)  # new classes; every method trains it
         nn.init.zeros_(model.head.weight)
-    examples = torch.Generator().manual_seed(1)
-    batches = [draw(batch, examples)[0][PLACE::WORLD] for _ in range(4)]
-    return model, draw, held_out(32 if kind == "gpt" else 256, torch.Generator().manual_seed(0)), batches
+    return model, saved["known"], parts
 
-
-# ---- Methods: functions that put adapters into a model -------------------------------------------------------------
-
+# ---- 5. Methods: functions that put adapters into a model ----------------------------------------
 
 class LoRALinear(nn.Module):
-    """Plain LoRA, the baseline: y = base(x) + scale B A x, A uniform and B zero; scale is alpha / rank.
-
-    As PiSSA (arXiv 2404.02948): A and B from the plain SVD of the weight, which keeps the rest.
-    """
+    """The baseline: y = base(x) + scale B A x, scale = alpha / rank; or PiSSA, arXiv 2404.02948."""
 
     def __init__(self, base, rank, scale, pissa):
         super().__init__()
         self.base, self.scale = base, scale
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        if pissa:
+        B = base.weight.new_zeros(base.out_features, rank)
+        A = nn.init.kaiming_uniform_(base.weight.new_empty(rank, base.in_features), a=math.sqrt(5))
+        if pissa:  # the plain SVD of the weight, which keeps the rest
             B, A = outlier_weighted_svd(base.weight, torch.ones_like(base.weight[0]), rank)
-            self.lora_A.data, self.lora_B.data = A.contiguous(), B.contiguous()
             base.weight.data -= B @ A
+        self.lora_A, self.lora_B = nn.Parameter(A.contiguous()), nn.Parameter(B.contiguous())
 
     def forward(self, x):
         return self.base(x) + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
 
+def lora(model, part, rank, head, scale=1, pissa=False):
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(head))
+    for block in model.blocks:
+        for name in LAYERS:
+            setattr(block, name, LoRALinear(getattr(block, name), rank, scale, pissa))
 
-def lora(scale, pissa=False):
-    def apply(model, calibrate, rank, head):
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.startswith(head))
-        for block in model.blocks:
-            for name in LAYERS:
-                setattr(block, name, LoRALinear(getattr(block, name), rank, scale, pissa).to(DEVICE))
-    return apply
+def aira(model, part, rank, head, **options):
+    batches = part[0][:256].split(16)
+    apply_aira(model, lambda: [model(x) for x in batches], rank=rank, targets=LAYERS,
+               also_train=head, **options)
 
+METHODS = {  # name: function, its options, and the rate in the middle of the first grid
+    "LoRA": (lora, {}, 0.008), "PiSSA": (lora, {"pissa": True}, 0.002),
+    **{f"LoRA, scale {s}": (lora, {"scale": s}, 0.004) for s in (2, 8, 16, 32)},
+    "AIRA": (aira, {}, 0.008), "AIRA, random start": (aira, {"start": "random"}, 0.008),
+    "AIRA, equal ranks": (aira, {"importance": "uniform"}, 0.008),
+    "AIRA, not amplified": (aira, {"amplify": 0}, 0.008),
+    "full fine-tuning": (lambda *_: None, {}, 0.002), "full, by Muon": (lambda *_: None, {}, 0.002)}
+TUNED = "LoRA, scale tuned"  # a row of the report: whichever LoRA is best on validation
 
-def aira(random_start=False, **options):
-    def apply(model, calibrate, rank, head):
-        with mock.patch("aira._weighted_svd", no_svd) if random_start else contextlib.nullcontext():
-            apply_aira(model, calibrate, rank=rank, targets=LAYERS, also_train=head, **options)
-    return apply
+# ---- 6. Runs -------------------------------------------------------------------------------------
 
+Row = namedtuple("Row", "name rank steps")
+Job = namedtuple("Job", "method rank steps rate seed part")  # part: 1 validation, 2 test
 
-def no_svd(weight, rms, rank, size):
-    """Random orthonormal factors in the place of the SVD's."""
-    U, V = (torch.linalg.qr(torch.randn(n, rank))[0].to(weight) for n in weight.shape)
-    return V, U, rms
-
-
-METHODS = {
-    "LoRA": lora(1),
-    "AIRA": aira(),
-    "full fine-tuning": lambda model, calibrate, rank, head: None,
-    "LoRA, alpha = 2 rank": lora(2),
-    "LoRA, alpha = 32 rank": lora(32),
-    "PiSSA": lora(1, pissa=True),
-    "AIRA, random start": aira(random_start=True),
-    "AIRA, not amplified": aira(amplify=0),
-    "AIRA, equal ranks": aira(importance="uniform"),
-    "AIRA, ranks by fraction": aira(importance="fraction"),
-    "AIRA, init='subspace'": aira(init="subspace"),
-    "AIRA, init='svd'": aira(init="svd"),
-}
-
-
-# ---- Runs ----------------------------------------------------------------------------------------------------------
-
-
-def run(task, method, rate, seed, rank, steps):
-    """One fine-tuning -> its curve, seconds a step and for putting the adapters in, and the parameters it trained."""
-    if DEVICE == "cpu":
-        torch.set_num_threads(1)  # as many runs at a time as there are cores is faster than one run on all cores
-    base, draw, held_out, batches = prepare(*task)
+def adapted(task, method, rank, seed):
+    """A copy of the base, ready to be trained by the method, and the task's parts."""
+    base, _, parts = prepare(*task)
     torch.manual_seed(seed)  # seeds LoRA's random start
-    model = copy.deepcopy(base)
-    start = time.perf_counter()
-    METHODS[method](model, lambda: [model(x) for x in batches], rank, ("head",) if task[0] == "vit" else ())
-    apply_seconds = time.perf_counter() - start
-    curve, step_seconds = fit(model, draw, rate, steps, task[-1], seed, held_out)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return {"method": method, "rate": rate, "seed": seed, "rank": rank, "curve": curve, "trained": trained,
-            "step_seconds": step_seconds, "apply_seconds": apply_seconds}
+    model, (apply, options, _) = copy.deepcopy(base), METHODS[method]
+    apply(model, parts[0], rank, () if model.causal else ("head",), **options)
+    return model, parts
 
+def run(task, job):
+    """One fine-tuning -> its last loss (also by window), accuracy, curve, and sizes less the head."""
+    if DEVICE == "cpu":
+        torch.set_num_threads(1)  # as many runs at a time as cores: faster than one run on all
+    model, parts = adapted(task, job.method, job.rank, job.seed)
+    curve = train(model, parts[0], job.rate, job.steps, job.seed, parts[job.part],
+                  POINTS if job.part == 2 else 1, job.method.endswith("Muon"))
+    head = 0 if model.causal else sum(p.numel() for p in model.head.parameters())
+    sizes = [sum(p.numel() for p in model.parameters() if p.requires_grad) - head] * 3
+    adapters = [module for module in model.modules() if isinstance(module, AiraLinear)]
+    if adapters:
+        sizes[1:] = (sum(t.numel() for adapter in adapters for t in adapter.factors()),
+                     sum(t.numel() for t in aira_state_dict(model).values()) - head)
+    windows, accuracy = curve[-1]
+    return {"loss": windows.mean().item(), "windows": windows.tolist(), "accuracy": accuracy,
+            "sizes": sizes, "curve": [loss[:len(windows) // 4].mean().item() for loss, _ in curve]}
 
-def run_all(jobs):
-    """run(*job) of every job, in processes of their own, one a core, or four on a GPU, which one run would leave idle
-    between its small kernels; with the time left on stderr."""
-    results, start = [], time.monotonic()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = 1 if WORLD > 1 else min(cores, len(jobs), 61 if DEVICE == "cpu" else 4)
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) if workers > 1 else None
-    for result in (pool.map if pool else map)(run, *zip(*jobs)):
-        results.append(result)
-        left = (time.monotonic() - start) / len(results) * (len(jobs) - len(results))
-        if PLACE == 0:
-            print(f"\rrun {len(results)} of {len(jobs)}, {left:.0f} s left   ", end="", file=sys.stderr, flush=True)
-    if pool:
-        pool.shutdown()
-    if PLACE == 0:
-        print(file=sys.stderr)
+def run_all(task, jobs, pool):
+    """{job: run(task, job)}, in as many processes as there are cores; time left on a terminal."""
+    results, start = {}, time.monotonic()
+    for job, result in zip(jobs, pool.map(functools.partial(run, task), jobs)):
+        results[job] = result
+        if sys.stderr.isatty():
+            left = (time.monotonic() - start) * (len(jobs) / len(results) - 1) / 60
+            print(f"\r{len(results)} of {len(jobs)} runs, {left:.1f} minutes left in this round ",
+                  end="", file=sys.stderr, flush=True)
     return results
 
+def tune(task, rows, seeds, pool):
+    """{row: (method, rate)}, best on validation, and {Row of a method: {rate: mean loss}}."""
+    meant = {row: [row._replace(name=method) for method in METHODS if method == row.name
+                   or row.name == TUNED and method.startswith("LoRA")] for row in rows}
+    missing = {one: [METHODS[one.name][2] * f for f in (0.5, 1, 2)]
+               for some in meant.values() for one in some}
+    losses, grids = {}, {one: {} for one in missing}
+    while missing:
+        jobs = [Job(*one, rate, seed, 1) for one, rates in missing.items() for rate in rates
+                for seed in (seeds if one.steps <= 100 else seeds[:1])]
+        for job, result in run_all(task, jobs, pool).items():
+            losses.setdefault(job[:4], []).append(min(99, result["loss"]))  # NaN if it diverged
+        for (*one, rate), some in losses.items():
+            grids[Row(*one)][rate] = fmean(some)
+        best = {one: min(grid, key=grid.get) for one, grid in grids.items()}
+        missing = {one: [rate / 2 if rate == min(grids[one]) else rate * 2]
+                   for one, rate in best.items() if rate in (min(grids[one]), max(grids[one]))}
+    picked = {row: min(some, key=lambda one: grids[one][best[one]]) for row, some in meant.items()}
+    return {row: (one.name, best[one]) for row, one in picked.items()}, grids
 
-# ---- What was measured ---------------------------------------------------------------------------------------------
+def step_times(task, picked, rounds=20):
+    """{row: time of a training step over that of the first row}: medians of rounds in turn."""
+    models = {row: adapted(task, method, row.rank, 0) for row, (method, _) in picked.items()}
+    seconds = {row: [] for row in models}
+    for row in list(models) * rounds:
+        start, (model, parts) = time.perf_counter(), models[row]
+        train(model, parts[0], 1e-4, 2, 0, [t[:4] for t in parts[1]], muon=row.name.endswith("Muon"))
+        seconds[row].append(time.perf_counter() - start)
+    unit = median(seconds[next(iter(models))])
+    return {row: median(some) / unit for row, some in seconds.items()}
 
+# ---- 7. Report -----------------------------------------------------------------------------------
 
-def losses(runs):
-    """The mean over seeds of the held-out loss, at each point of the curve."""
-    return [statistics.fmean(loss for loss, _ in points) for points in zip(*(run["curve"] for run in runs))]
+def crossing(places, losses, goal):
+    """Where falling losses first come to the goal, on straight lines between places; inf if never."""
+    i = next((i for i, loss in enumerate(losses) if loss <= goal), None)
+    if not i:
+        return math.inf if i is None else places[0]
+    return float(np.interp(-goal, np.negative(losses[i - 1:i + 1]), places[i - 1:i + 1]))
 
+def versus(runs, others):
+    """Mean difference of the final losses +- its standard error over seeds / over windows."""
+    difference = np.array([a["windows"] for a in runs]) - np.array([b["windows"] for b in others])
+    errors = [x.std(ddof=1) / math.sqrt(len(x)) if len(x) > 1 else math.nan
+              for x in (difference.mean(1), difference.mean(0))]
+    return "{:+.3f} +-{:.3f}/{:.3f}".format(difference.mean(), *errors)
 
-def steps_to(curve, target):
-    """Steps until the curve first reaches the target, straight lines between its points; None if it never does."""
-    for i, loss in enumerate(curve):
-        if loss <= target:
-            before = curve[i - 1] if i else loss
-            return EVERY * (i + 1 - ((target - loss) / (before - loss) if before > loss else 0))
-    return None
+def report(results, picked, times, grids):
+    """The table and the rates tried; the first row is LoRA."""
+    _, rank, steps = first = next(iter(results))
+    every = [loss for runs in results.values() for run in runs for loss in run["curve"]]
+    print(f"""
+Test set, {len(results[first])} seed(s), each at its best rate.  "to": the step (median) that comes to
+the final loss of LoRA | of {TUNED}; the differences to these, at rank {rank} and as many
+steps, +- errors over seeds / over windows; sizes: numbers trained, exported to PEFT, stored in a
+file; the curve; the time of a step, LoRA's = 1.
 
-
-def spread(values, digits):
-    """Mean and deviation of the numbers that are there, and how many are not."""
-    there = [value for value in values if value is not None]
-    if not there:
-        return "never"
-    text = f"{statistics.fmean(there):.{digits}f}"
-    text += f" +-{statistics.stdev(there):.{digits}f}" if len(there) > 1 else ""
-    return text + (f" ({len(values) - len(there)} never)" if len(there) < len(values) else "")
-
-
-def best(method):
-    """The runs of a method, {rate: runs}, at the rate of the lowest mean final loss; NaN is never the lowest."""
-    return min(method.values(), key=lambda runs: (math.isnan(losses(runs)[-1]), losses(runs)[-1]))
-
-
-def best_lora(results):
-    """The name of the scale that ends lowest at its best rate: LoRA of the same size with scale and rate tuned."""
-    names = [name for name in results if name == "LoRA" or name.startswith("LoRA, alpha")]
-    return min(names, key=lambda name: losses(best(results[name]))[-1])
-
-
-def chart(title, lines, labels, height=14):
-    """A text figure: {letter: [y of each column]}, columns under their labels."""
-    points = [y for line in lines.values() for y in line if math.isfinite(y)]
-    low, high = min(points), sorted(points)[int(0.9 * len(points))]
-    wide = max(map(len, labels)) + 2
-    grid = [[" "] * wide * len(labels) for _ in range(height)]
-    for letter, line in lines.items():
-        for i, y in enumerate(line):
-            y = y if math.isfinite(y) else high
-            row = round((high - min(y, high)) / ((high - low) or 1) * (height - 1))
-            cell = next((c for c in range(wide * i + wide - 2, wide * i, -1) if grid[row][c] == " "), wide * i)
-            grid[row][cell] = letter
-    print(f"\n{title}\n")
-    for i, row in enumerate(grid):
-        print(f"{high - (high - low) * i / (height - 1):7.3f} |{''.join(row).rstrip()}")
-    print(" " * 9 + "".join(label.rjust(wide - 1) + " " for label in labels))
-
-
-def report(results, steps):
-    """The tables of README, from {method: {rate: [a run of each seed]}} at full size."""
-    rates = list(results["LoRA"])
-    goal = losses(best(results["LoRA"]))[-1]
-    scaled = best_lora(results)
-    tuned = losses(best(results[scaled]))[-1]
-    unit = statistics.median(run["step_seconds"] for run in best(results["LoRA"]))
-    seeds = len(best(results["LoRA"]))
-    print(f"\nEach method at its own best rate, mean +- deviation over {seeds} seed(s).  Steps, of {steps}, to LoRA's "
-          f"final loss {goal:.4f}\n(and to that of the best LoRA here, {scaled}, {tuned:.4f}); a step's time, LoRA's "
-          f"{1000 * unit:.0f} ms = 1; seconds of set-up.\n")
-    print(f"{'method':24} {'trained':>8} {'rate':>6}  {'steps':>18}  {'(best LoRA)':>18}  {'final loss':>15}  "
-          "accuracy  time  set-up")
-    for name, method in results.items():
-        runs = best(method)
-        curves = [[loss for loss, _ in run["curve"]] for run in runs]
-        print(f"{name:24} {runs[0]['trained']:>8,} {runs[0]['rate']:>6.2g}  "
-              f"{spread([steps_to(curve, goal) for curve in curves], 0):>18}  "
-              f"{spread([steps_to(curve, tuned) for curve in curves], 0):>18}  "
-              f"{spread([curve[-1] for curve in curves], 4):>15}  "
-              f"{statistics.fmean(run['curve'][-1][1] for run in runs):8.1%}  "
-              f"{statistics.median(run['step_seconds'] for run in runs) / unit:4.2f}  "
-              f"{statistics.median(run['apply_seconds'] for run in runs):6.2f}")
-    if "full fine-tuning" in results:
-        full, ours = (losses(best(results[name]))[-1] for name in ("full fine-tuning", "AIRA"))
-        noise = statistics.pstdev(run["curve"][-1][0] for run in best(results[scaled]))
-        gap = (f"AIRA closes {(tuned - ours) / (tuned - full):.0%} of the gap from {scaled} to full fine-tuning."
-               if tuned - full > noise else f"There is no gap to close: full fine-tuning ends {tuned - full:.4f} below "
-               f"{scaled}, whose deviation is {noise:.4f}.")
-        print(f"\n{gap}")
-    print(f"\nFinal loss at every rate, and steps to LoRA's final loss at the same rate\n\n{'method':24}" +
-          "".join(f"{rate:>14.2g}" for rate in rates))
-    for name, method in results.items():
-        cells = []
-        for rate in rates:
-            curve = losses(method[rate])
-            reached = steps_to(curve, losses(results["LoRA"][rate])[-1])
-            cells.append(f"{curve[-1]:.3f} ({'never' if reached is None else f'{reached:.0f}'})")
-        print(f"{name:24}" + "".join(f"{cell:>14}" for cell in cells))
-    shown = {"L": "LoRA", "A": "AIRA", "F": "full fine-tuning"}
-    lines = {letter: name for letter, name in shown.items() if name in results}
-    key = ", ".join(f"{letter} = {name}" for letter, name in lines.items())
-    chart(f"Loss by step, each at its best rate: {key}",
-          {letter: losses(best(results[n])) for letter, n in lines.items()},
-          [str(EVERY * (i + 1)) for i in range(steps // EVERY)])
-    chart(f"Final loss by learning rate: {key}",
-          {letter: [losses(results[n][rate])[-1] for rate in rates] for letter, n in lines.items()},
-          [f"{rate:.2g}".center(8) for rate in rates])
-
-
-def report_sizes(results, smaller):
-    """Final losses with fewer parameters, at the rate that was best with all of them."""
-    print(f"\nFinal loss with fewer parameters, each method at its best rate above\n\n{'method':24}" +
-          "".join(f"  {f'rank {rank}':>15}" for rank in (RANK, RANK // 2, RANK // 4)))
-    for name, sizes in smaller.items():
-        cells = [best(results[name])] + list(sizes.values())
-        print(f"{name:24}" + "".join(f"  {spread([run['curve'][-1][0] for run in runs], 4):>15}" for runs in cells))
-
-
-def pyplot():
-    try:
-        import matplotlib
-    except ImportError:
-        sys.exit("--plot needs matplotlib: pip install matplotlib (or use --out FILE and draw from its JSON)")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    return pyplot
-
-
-def picture(path, results):
-    """The curves and the rate sweep."""
-    figure, (left, right) = pyplot().subplots(1, 2, figsize=(12, 5))
-    for name, method in results.items():
-        curve = losses(best(method))
-        left.plot(range(EVERY, EVERY * len(curve) + 1, EVERY), curve, label=name)
-        right.plot(list(method), [losses(runs)[-1] for runs in method.values()], marker="o", label=name)
-    left.set(xlabel="step", ylabel="held-out loss", yscale="log", title="each at its own best rate")
-    right.set(xlabel="learning rate", ylabel="final held-out loss", xscale="log", yscale="log", title="rate sweep")
-    right.legend(fontsize="small")
-    figure.tight_layout()
-    figure.savefig(path)
-
-
-# ---- Against Hugging Face PEFT -------------------------------------------------------------------------------------
-
-
-def timed(function):
-    """Seconds that a call takes."""
-    if DEVICE != "cpu":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    if DEVICE != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def medians(clocks, repeats):
-    """Of functions that return seconds, called in turn, the median of each, after one round to warm up."""
-    seconds = {name: [] for name in clocks}
-    for _ in range(repeats + 1):
-        for name, clock in clocks.items():
-            seconds[name].append(clock())
-    return {name: statistics.median(rounds[1:]) for name, rounds in seconds.items()}
-
-
-def memory(step, model):
-    """Bytes that a step holds: parameters, their gradients, Adam's two moments, and what comes on top at its peak (on a
-    CPU, what the forward pass keeps for the backward pass)."""
-    if DEVICE != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        peak = torch.cuda.max_memory_allocated() - before + sum(p.nbytes for p in model.parameters())
-        return peak + 3 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    kept = {}
-
-    def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        step()
-    kept.update({p.untyped_storage().data_ptr(): p.nbytes for p in model.parameters()})
-    return sum(kept.values()) + 3 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
-
-
-def bench(width, layers, tokens, repeats):
-    """Speed and memory as ratios to Hugging Face PEFT's, on the same model, shapes and dtype, in one process."""
-    try:
-        import peft
-    except ImportError:
-        sys.exit("--bench needs peft: pip install peft")
-    torch.manual_seed(0)
-    base = Transformer(nn.Linear(64, width), tokens, 64, width, layers, causal=False).to(DEVICE)
-    x, y = torch.randn(4, tokens, 64, device=DEVICE), torch.randint(64, (4,), device=DEVICE)
-    print(f"4 x {tokens} tokens; AIRA / PEFT, medians of {repeats} interleaved rounds")
-
-    def with_peft(model, init, rank=RANK):
-        options = {"r": rank, "lora_alpha": rank, "target_modules": list(LAYERS), "init_lora_weights": init}
-        return peft.get_peft_model(model, peft.LoraConfig(**options))
-
-    def with_aira(model, **options):
-        apply_aira(model, lambda: model(x), rank=RANK, targets=LAYERS, **options)
-        return model
-
-    def forward(model):
-        with torch.no_grad():
-            model(x)
-
-    def step(model, optimizer):
-        optimizer.zero_grad()
-        loss_of(model(x), y).backward()
-        optimizer.step()
-
-    models = {"PEFT": with_peft(copy.deepcopy(base), True), "default": with_aira(copy.deepcopy(base)),
-              "init='subspace'": with_aira(copy.deepcopy(base), init="subspace"),
-              "init='subspace', equal ranks": with_aira(copy.deepcopy(base), init="subspace", importance="uniform")}
-    steps = {name: functools.partial(step, model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]))
-             for name, model in models.items()}
-    seconds = medians({name: functools.partial(timed, one) for name, one in steps.items()}, repeats)
-    held = {name: memory(one, models[name]) for name, one in steps.items()}
-    for name in list(models)[1:]:
-        print(f"training step, {name}: time {seconds[name] / seconds['PEFT']:.3f}, "
-              f"memory {held[name] / held['PEFT']:.3f}")
-
-    calibration = []
-
-    def set_up(**options):
-        model = copy.deepcopy(base)
-        total = timed(lambda: apply_aira(model, lambda: calibration.append(timed(lambda: model(x))), rank=RANK,
-                                         targets=LAYERS, **options))
-        return total - calibration[-1]
-
-    def pissa(init, rank):
-        model = copy.deepcopy(base)
-        return timed(lambda: with_peft(model, init, rank))
-
-    # 4 x the rank is what the default has on average here, for as many trained parameters
-    starts = {f"{init}, rank {rank}": functools.partial(pissa, init, rank)
-              for init, rank in (("pissa", RANK), ("pissa_niter_4", RANK), ("pissa_niter_4", 4 * RANK))}
-    ours = {"default": set_up,
-            "init='subspace', equal ranks": functools.partial(set_up, init="subspace", importance="uniform")}
-    seconds = medians({**ours, "forward": lambda: timed(lambda: forward(base)), **starts}, repeats)
-    for name in ours:
-        for start in list(starts) if name == "default" else list(starts)[:2]:
-            print(f"apply_aira without calibration, {name} / {start}: {seconds[name] / seconds[start]:.3f}")
-    print(f"calibration / forward pass: {statistics.median(calibration[1:]) / seconds['forward']:.3f}")
-    merged = models["default"]
-    merge_aira(merged)
-    seconds = medians({"base": lambda: timed(lambda: forward(base)), "merged": lambda: timed(lambda: forward(merged))},
-                      3 * repeats)
-    print(f"forward pass, merged / base: {seconds['merged'] / seconds['base']:.3f}")
-
+{'':21}rank steps   rate   loss        to  {'- LoRA':19} {'- LoRA, scale tuned':19} right curve      time sizes""")
+    for row, runs in results.items():
+        goals = [results[Row(name, rank, row.steps)] for name in ("LoRA", TUNED)]
+        places = np.arange(1, POINTS + 1) * row.steps / POINTS
+        to = [median(crossing(places, run["curve"], goal["curve"][-1]) for run, goal in zip(runs, other))
+              for other in goals]
+        curve = (np.mean([run["curve"] for run in runs], 0) - min(every)) / np.ptp(every)
+        print(f"{row.name:21}{row.rank:>4} {row.steps:>5} {picked[row][1]:>6.2g} "
+              f"{fmean(run['loss'] for run in runs):.4f} {to[0]:>4.0f}|{to[1]:>4.0f}  "
+              f"{versus(runs, goals[0])} {versus(runs, goals[1])} "
+              f"{fmean(run['accuracy'] for run in runs):.1%} "
+              f"{''.join('_.-=+*#@'[int(7.9 * x)] for x in curve)} {times.get(row, math.nan):.2f} "
+              + " ".join(f"{n:,}" for n in runs[0]["sizes"]) + f" {picked[row][0]}" * (row.name == TUNED))
+    print("\nValidation loss by rate\n")
+    for (name, *size), grid in grids.items():
+        print(f"{name:21}{size[0]:>4} {size[1]:>5}   " + "  ".join(
+            f"{rate:.2g}: {loss:.3f}" for rate, loss in sorted(grid.items())))
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=("gpt", "vit"), default="gpt", help="text or images")
-    parser.add_argument("--full", action="store_true", help="all methods, six rates, five seeds")
-    parser.add_argument("--seeds", type=int, help="how many; 1, with --full 5")
+    parser.add_argument("--full", action="store_true", help="all methods, ranks, steps; five seeds")
     parser.add_argument("--tiny", action="store_true", help="a few steps, to see that it runs")
-    parser.add_argument("--width", type=int, help="of the model, a multiple of 32; 128, with --full on a GPU 512")
-    parser.add_argument("--out", metavar="FILE", help="write everything measured as JSON")
-    parser.add_argument("--plot", metavar="FILE", help="draw curves and rate sweep, as .png or .pdf (needs matplotlib)")
-    parser.add_argument("--bench", action="store_true", help="only time against Hugging Face PEFT (needs peft)")
-    options = parser.parse_args()
+    parser.add_argument("--out", metavar="FILE", help="write all that was measured as JSON")
+    parser.add_argument("--plot", metavar="FILE", help="draw the curves, .png or .pdf (matplotlib)")
+    options, started = parser.parse_args(), time.monotonic()
     if options.plot:
-        pyplot()  # rather fail now than after the runs
-
-    started = time.monotonic()
-    if WORLD > 1:
-        if DEVICE != "cpu":
-            torch.cuda.set_device(DEVICE)
-        dist.init_process_group("gloo" if DEVICE == "cpu" else "nccl")
-    if PLACE > 0:
-        sys.stdout = open(os.devnull, "w")  # one process reports
-    width, layers, before, steps = 128, 4, 500 if options.model == "gpt" else 1500, 100
-    if options.tiny:
-        width, layers, before, steps = 32, 2, 20, 10
-    if options.full and DEVICE != "cpu" and not options.tiny:
-        width, layers, before = 512, 8, 3000
-    if options.bench and not options.tiny:
-        width, layers = (768, 12) if DEVICE == "cpu" else (4096, 4)
-    width = options.width or width
-    batch = 16 if options.model == "gpt" else 32
-    if batch % WORLD or width % 32:
-        sys.exit(f"{WORLD} processes must divide a batch of {batch}, and width={width} must be a multiple of 32")
-    machine = torch.cuda.get_device_name() if DEVICE != "cpu" else f"{os.cpu_count()} CPU cores"
-    print(f"torch {torch.__version__} on {machine}; width {width}, {layers} layers, rank {RANK}")
-    if options.bench:
-        return bench(width, layers, tokens=16 if options.tiny else 128, repeats=3 if options.tiny else 9)
-    print("GPT: Python sources, then C++ headers" if options.model == "gpt" else
-          "ViT: glyphs of straight strokes, then of curved ones")
-    task = options.model, width, layers, before, batch
-    base, _, held_out, _ = prepare(*task)
-    with torch.no_grad():
-        print(f"held-out loss before fine-tuning {loss_of(base(held_out[0]), held_out[1]):.4f}", flush=True)
-
-    names = list(METHODS) if options.full else ["LoRA", "AIRA"]
-    low = 0.001 if options.model == "gpt" else 0.0005
-    rates = [round(low * 30 ** (i / 5), 5) for i in range(6)] if options.full else [5 * low, 10 * low, 20 * low]
-    seeds = range(1, 1 + (options.seeds or (5 if options.full else 1)))
-    results = {name: {rate: [] for rate in rates} for name in names}
-    runs = run_all([(task, name, rate, seed, RANK, steps) for name in names for rate in rates for seed in seeds])
-    for one in runs:
-        results[one["method"]][one["rate"]].append(one)
-    smaller = {}
+        try:
+            from matplotlib import pyplot
+        except ImportError:
+            sys.exit("--plot needs matplotlib: pip install matplotlib (--out FILE needs nothing)")
+    size, ranks, steps, seeds, tuning_seeds = (64, 4, 2000), (8, 4, 2), 100, (1,), (101,)
+    names = ["LoRA", TUNED, "AIRA", "full fine-tuning"]
     if options.full:
-        rate = {name: best(results[name])[0]["rate"] for name in ("LoRA", best_lora(results), "AIRA")}
-        smaller = {name: {RANK // 2: [], RANK // 4: []} for name in rate}
-        few = run_all([(task, name, rate[name], seed, rank, steps) for name in rate for rank in smaller[name]
-                       for seed in seeds])
-        for one in few:
-            smaller[one["method"]][one["rank"]].append(one)
-        runs += few
-    if options.out and PLACE == 0:
-        Path(options.out).write_text(json.dumps({"torch": torch.__version__, "machine": machine, "task": task,
-                                                 "runs": runs}))
-    report(results, steps)
-    if smaller:
-        report_sizes(results, smaller)
-    if options.plot and PLACE == 0:
-        picture(options.plot, results)
+        seeds, tuning_seeds, ranks = (1, 2, 3, 4, 5), (101, 102), (16, 8, 4)
+        size = (96, 4, 10_000) if DEVICE == "cpu" else (512, 8, 20_000)
+        names = names[:2] + [name for name in METHODS if not name.startswith("LoRA")
+                             and (hasattr(torch.optim, "Muon") or not name.endswith("Muon"))]
+    if options.tiny:
+        size, ranks, steps = (32, 1, 20), (4, 2), 10
+    task = options.model, *size
+    print("torch {}, {}: {} of width {}, {} layers, {:,} steps".format(torch.__version__, DEVICE, *task),
+          prepare(*task)[1], flush=True)
+    rows = main_rows = [Row(name, ranks[0], steps) for name in names]
+    if options.full:
+        rows = rows + [Row(name, r, steps) for r in ranks[1:] for name in ("LoRA", TUNED, "AIRA")]
+        rows += [Row(name, ranks[0], 4 * steps) for name in ("LoRA", TUNED, "PiSSA", "AIRA")]
+    shares = {share: Row("AIRA", ranks[0], round(share * steps)) for share in (0.5, 0.7, 1)}
+    workers = os.cpu_count() if DEVICE == "cpu" else 4
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        picked, grids = tune(task, rows, tuning_seeds, pool)
+        if options.full:
+            picked.update({row: picked[shares[1]] for row in shares.values()})
+        jobs = {row: [Job(method, *row[1:], rate, seed, 2) for seed in seeds]
+                for row, (method, rate) in picked.items()}
+        runs = run_all(task, list(dict.fromkeys(sum(jobs.values(), []))), pool)
+    results = {row: [runs[job] for job in some] for row, some in jobs.items()}
+    times = step_times(task, {row: picked[row] for row in main_rows})
+    report({row: results[row] for row in rows}, picked, times, grids)
+    if options.full:
+        for goal in main_rows[:2]:
+            ends = zip(results[goal], *(results[row] for row in shares.values()))
+            share = median(crossing(list(shares), [run["loss"] for run in end], lora["loss"])
+                           for lora, *end in ends)
+            print(f"\nAIRA with {share:.2f} of the steps, its schedule as short, ends where {goal.name} "
+                  "ends with all (median; runs at .5, .7, 1)", end="")
+    if options.out:
+        runs = [{**job._asdict(), **result} for job, result in runs.items()]
+        Path(options.out).write_text(json.dumps({"known": prepare(*task)[1], "runs": runs}))
+    if options.plot:
+        for row in main_rows:
+            pyplot.plot(np.mean([run["curve"] for run in results[row]], 0), label=row.name)
+        pyplot.xlabel(f"step / {steps // POINTS}"), pyplot.ylabel("test loss"), pyplot.legend()
+        pyplot.savefig(options.plot)
     print(f"\n{time.monotonic() - started:.0f} s in all")
-    if WORLD > 1:
-        dist.destroy_process_group()
-
 
 if __name__ == "__main__":
     main()
