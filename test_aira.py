@@ -8,10 +8,11 @@ import functools
 import gc
 import io
 import json
+import math
 import pickle
 import random
 import re
-import subprocess
+import statistics
 import sys
 import time
 import tracemalloc
@@ -1290,68 +1291,64 @@ def test_two_adapted_parts_are_not_taken_for_one():
 
 # ---- train_toy.py --------------------------------------------------------------------------------------------------
 
+TINY = {kind: (kind, 32, 1, 20) for kind in ("gpt", "vit")}
 
-def test_toy_on_two_processes_gives_the_losses_of_one(tmp_path):
-    out = tmp_path / "out.json"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    subprocess.run([*torchrun, train_toy.__file__, "--tiny", "--out", out], check=True, capture_output=True)
-    measured = json.loads(out.read_text())
-    assert {run["method"] for run in measured["runs"]} == {"LoRA", "AIRA"} and len(measured["runs"]) == 6
-    for two in measured["runs"]:
-        one = train_toy.run(tuple(measured["task"]), two["method"], two["rate"], two["seed"], two["rank"], steps=10)
-        np.testing.assert_allclose(np.array(one["curve"])[:, 0], np.array(two["curve"])[:, 0], rtol=1e-4)
+
+def test_toy_texts_keep_copies_on_one_side_and_ask_for_enough(tmp_path):
+    licence = "// this line stands at the top of every file\n"
+    for i in range(64):
+        lines = ["".join(random.choices("abcdef", k=40)) + "\n" for _ in range(800)]
+        (tmp_path / f"{i}.h").write_text(licence + "".join(lines) + "}\n" * 50)
+    parts = [bytes(torch.cat([x, y[:, -1:]], 1).flatten().tolist()) for x, y in train_toy.texts(tmp_path, "*.h")]
+    assert sum(part.count(licence.encode()) for part in parts) <= 1 and all(b"}\n}\n}" in part for part in parts)
+    assert not {line for line in parts[2].split(b"\n") if len(line) == 40} & set(parts[0].split(b"\n"))
+    with pytest.raises(SystemExit, match=r"too little text in 0 files \*.rs"):
+        train_toy.texts(tmp_path, "*.rs")
+
+
+def test_toy_tables_of_counts_by_brute_force():
+    train, test = (torch.randint(97, 101, (rows, train_toy.CONTEXT)) for rows in (30, 4))
+    def p(context, byte):  # counted over the rows, and smoothed by the next shorter context
+        n = len(context)
+        seen = [row[i + n] for row in train.tolist() for i in range(train_toy.CONTEXT - n) if row[i:i + n] == context]
+        return (seen.count(byte) + 4 * (p(context[1:], byte) if context else 1 / 256)) / (len(seen) + 4)
+    want = [-np.mean([math.log(p(row[i - n:i], row[i])) for row in test.tolist() for i in range(n, train_toy.CONTEXT)])
+            for n in range(3)]
+    assert train_toy.count_tables(train, test) == ", ".join(f"{nats:.3f}" for nats in want)
+
+
+def test_toy_grid_grows_until_the_best_rate_lies_inside_and_no_diverged_one_wins(monkeypatch):
+    def run(task, job):  # the best rate is .064, far from .008; above .1 it diverges
+        return {"loss": math.nan if job.rate > 0.1 else abs(math.log2(job.rate / 0.064)) + job.seed - 101}
+    monkeypatch.setattr(train_toy, "run", run)
+    grid = train_toy.tune(TINY["gpt"], (101, 102), train_toy.Row("AIRA", 4, 10))
+    assert min(grid, key=grid.get) == (0, 0.064) and max(grid) == (0, 0.128) and grid[0, 0.064] == 0.5
+
+
+def test_toy_steps_to_a_loss_and_errors_of_paired_differences():
+    assert train_toy.crossing([10, 20, 30], [3.0, 2.0, 1.0], 1.5) == 25
+    assert train_toy.crossing([10, 20], [3.0, 2.0], 3.5) == 10 and train_toy.crossing([10], [3.0], 1) == math.inf
+    ours, theirs = ([{"windows": w} for w in runs] for runs in ([[1.0, 2.0], [3.0, 5.0]], [[1.5, 2.5], [3.0, 7.0]]))
+    seeds, windows = (statistics.stdev(d) / 2 ** 0.5 for d in ([-0.5, -1.0], [-0.25, -1.25]))
+    assert train_toy.versus(ours, theirs) == f"-0.750 +-{seeds:.3f}/{windows:.3f}"
 
 
 @pytest.mark.parametrize("kind", ["gpt", "vit"])
 def test_toy_runs_every_method_and_each_is_another(kind):
-    methods = train_toy.METHODS if kind == "gpt" else ["LoRA", "AIRA", "full fine-tuning"]
-    runs = {name: train_toy.run((kind, 32, 2, 20, 8), name, 0.01, 1, rank=4, steps=10) for name in methods}
-    losses = [run["curve"][-1][0] for run in runs.values()]
-    assert np.isfinite(losses).all() and len(set(losses)) == len(methods)
+    methods = train_toy.METHODS if kind == "gpt" else ["LoRA", "AIRA", train_toy.FULL]
+    runs = {name: train_toy.run(TINY[kind], train_toy.Job(name, 4, 10, 0, 0.01, 1, 1)) for name in methods}
+    assert np.isfinite([run["curve"] for run in runs.values()]).all()
+    assert len({run["loss"] for run in runs.values()}) == len(methods)
     for name, run in runs.items():
-        assert (run["trained"] == runs["LoRA"]["trained"]) != name.startswith(("full", "LoRA, 4")), name
-
-
-@pytest.mark.parametrize("package, call", [("matplotlib", lambda toy: toy.pyplot()),
-                                           ("peft", lambda toy: toy.bench(32, 1, 4, 1))])
-def test_toy_says_which_optional_package_is_missing(package, call, monkeypatch):
-    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
-    with pytest.raises(SystemExit, match=f"needs {package}: pip install {package}"):
-        call(train_toy)
+        assert (run["sizes"][0] == runs["LoRA"]["sizes"][0]) != name.startswith(train_toy.FULL), name
 
 
 def test_toy_trains_a_new_head_at_a_rate_of_its_own():
-    """At rate 0 only the ViT's head moves; without a new head, as in pretraining and on the GPT, nothing does."""
-    task = "vit", 32, 1, 20, 32
-    model, draw, held_out, _ = train_toy.prepare(*task)
-    for held, moved in ((held_out, {"head.weight", "head.bias"}), (None, set())):
-        new = copy.deepcopy(model)
-        train_toy.fit(new, draw, 0.0, 3, 32, 1, held)
-        assert {name for (name, a), b in zip(new.named_parameters(), model.parameters()) if not a.equal(b)} == moved
-
-
-def test_toy_steps_to_a_loss_lie_on_straight_lines_between_the_points():
-    every = train_toy.EVERY
-    assert train_toy.steps_to([3.0, 2.0, 1.0], 1.5) == 2.5 * every
-    assert train_toy.steps_to([3.0, 2.0], 3.5) == every and train_toy.steps_to([3.0, 2.0], 1.0) is None
-
-
-def test_toy_never_takes_a_diverged_rate_for_the_best():
-    runs = {rate: [{"curve": [(loss, 0.5)]}] for rate, loss in ((0.1, float("nan")), (0.2, 3.0), (0.3, 2.0))}
-    assert train_toy.best(runs) is runs[0.3]
-
-
-def test_toy_charts_show_a_diverged_run_at_the_top(capsys):
-    train_toy.chart("title", {"A": [3.0, 1.0, float("nan")], "L": [3.0, 2.0, float("inf")]}, ["1", "2", "3"])
-    rows = [line for line in capsys.readouterr().out.splitlines() if "|" in line]
-    assert rows[0].count("A") == rows[0].count("L") == 2 and rows[-1].count("A") == 1 and rows[-1].count("L") == 0
-
-
-def test_toy_draws_a_picture_with_matplotlib(tmp_path):
-    pytest.importorskip("matplotlib")
-    runs = [{"curve": [(3.0, 0.1), (2.0, 0.2)]}]
-    train_toy.picture(tmp_path / "x.png", {"LoRA": {0.01: runs, 0.02: runs}, "AIRA": {0.01: runs, 0.02: runs}})
-    assert (tmp_path / "x.png").read_bytes()[1:4] == b"PNG"
+    base, _, parts = train_toy.prepare(*TINY["vit"])
+    model = copy.deepcopy(base)
+    train_toy.train(model, parts[0], 0.0, 3, 1, parts[1])
+    moved = {name for (name, a), b in zip(model.named_parameters(), base.parameters()) if not a.equal(b)}
+    assert moved == {"head.weight", "head.bias"}
 
 
 # ==== Real models and tools; each test skips where its package is not installed =====================================
