@@ -622,7 +622,8 @@ def test_each_of_the_three_ideas_changes_the_result():
         return adapted(train=5, **options)(inputs())
 
     assert torch.equal(outcome(), outcome())
-    for change in ({"init": "svd"}, {"init": "subspace"}, {"importance": "uniform"}, {"amplify": 0}, {"directions": 2}):
+    for change in ({"init": "svd"}, {"init": "subspace"}, {"importance": "uniform"}, {"amplify": 0}, {"directions": 2},
+                   {"start": "random"}):
         assert far(outcome(**change), outcome(), 1e-3), change
 
 
@@ -883,6 +884,7 @@ BAD = [  # arguments, what was done to the model before, and the words that the 
     ({"directions": 0}, None, "directions=0"),
     ({"amplify": float("nan")}, None, "amplify=nan"),
     ({"init": "pissa"}, None, "pissa svd"),
+    ({"start": "warm"}, None, "warm random"),
     ({"importance": "owl"}, None, "owl outlier"),
     ({"allocate": "dp"}, None, "dp knapsack"),
     ({"also_train": ["head", "nrom"]}, None, "['nrom'] norm"),
