@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Fine-tune a small pretrained transformer with LoRA, with AIRA and in full, and print who wins.
+"""Fine-tune a small pretrained transformer with LoRA, with AIRA and in full, and print who wins:
 
     python train_toy.py                 # four methods, one seed; no downloads
     python train_toy.py --full          # all baselines, AIRA without each idea, sizes, five seeds
@@ -11,8 +11,7 @@ Files (or images) are training, validation or test.  All methods get the same da
 AdamW (one row: Muon), clipping at norm 1, 10 % warm-up and a cosine to 10 %.  Rates are chosen on
 validation, on seeds of their own, from a grid that grows until its best lies inside it.
 """
-import argparse, copy, functools, importlib.util, json, math, multiprocessing, os, random, sys
-import sysconfig, time
+import argparse, copy, functools, importlib.util, json, math, random, sys, sysconfig, time
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -66,7 +65,7 @@ def texts(folder, pattern):
     paths = [path for path in sorted(Path(folder).rglob(pattern)) if path.stat().st_size < 200_000
              and not skip & set(path.relative_to(folder).parts)]
     random.Random(0).shuffle(paths)
-    seen, parts = set(), [bytearray(), bytearray(), bytearray()]
+    seen, parts, n = set(), [bytearray(), bytearray(), bytearray()], CONTEXT + 1
     for i, path in enumerate(paths):
         for line in path.read_bytes().splitlines(keepends=True):
             if len(line) < 20 or line not in seen:
@@ -76,8 +75,7 @@ def texts(folder, pattern):
         sys.exit(f"too little text in {len(paths)} files {pattern} of {folder}: use a Python with "
                  "its library's sources and a torch wheel with its headers")
     for i, most in enumerate((None, 512, 1024)):
-        whole = len(parts[i]) // (CONTEXT + 1) * (CONTEXT + 1)
-        rows = torch.frombuffer(parts[i][:whole], dtype=torch.uint8).long().view(-1, CONTEXT + 1)
+        rows = torch.frombuffer(parts[i], dtype=torch.uint8).long().unfold(0, n, n)
         if most:
             order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
             rows = rows[order[:most]]
@@ -87,19 +85,18 @@ def texts(folder, pattern):
 def glyphs(classes, sizes, curved, seed):
     """Noisy 32 x 32 images of glyphs with four strokes, as patches (n, 16, 64), each a little bent
     and shifted; curved ones in negative.  Parts of these sizes, [(patches, labels)]."""
-    rng, n, grid = np.random.default_rng(seed), sum(sizes), np.linspace(-1, 1, 32)
+    rng, n, grid = np.random.default_rng(seed), sum(sizes), np.linspace(-1, 1, 32, dtype="f")
     ends = rng.uniform(-0.7, 0.7, (2, classes, 4, 1, 2))
     bend = rng.uniform(-0.6, 0.6, (classes, 4, 1, 2)) * curved
     t, label = np.linspace(0, 1, 24)[:, None], rng.integers(classes, size=n)
     strokes = ((1 - t) * ends[0] + t * ends[1] + 4 * t * (1 - t) * bend).reshape(classes, 96, 2)
     warp, shift = np.eye(2) + rng.normal(0, 0.1, (n, 2, 2)), rng.normal(0, 0.12, (n, 1, 2))
-    points = strokes[label] @ warp + shift
+    points = (strokes[label] @ warp + shift).astype(np.float32)
     x, y = (np.exp(-((points[:, :, [i]] - grid) / 0.075) ** 2) for i in (0, 1))
     ink = rng.uniform(0.5, 1.5, (n, 1, 1)) * (1 - 2 * curved)
     images = np.minimum(y.swapaxes(1, 2) @ x, 1) * ink + rng.normal(0, 0.2, (n, 32, 32))
-    patches = torch.tensor(images.reshape(n, 4, 8, 4, 8).swapaxes(2, 3), dtype=torch.float32)
-    both = patches.reshape(n, 16, 64).to(DEVICE), torch.tensor(label, device=DEVICE)
-    return list(zip(*(t.split(sizes) for t in both)))
+    patches = images.astype(np.float32).reshape(n, 4, 8, 4, 8).swapaxes(2, 3).reshape(n, 16, 64)
+    return list(zip(*(torch.tensor(t).to(DEVICE).split(sizes) for t in (patches, label))))
 
 # ---- 3. Training ---------------------------------------------------------------------------------
 @torch.no_grad()
@@ -107,7 +104,7 @@ def evaluate(model, part):
     """Mean loss of each window or image (n,)."""
     answers = ((model(x).flatten(0, -2), y) for x, y in zip(*(t.split(32) for t in part)))
     each = [F.cross_entropy(z, y.flatten(), reduction="none").view(len(y), -1) for z, y in answers]
-    return torch.cat(each).mean(1).cpu()
+    return torch.cat(each).mean(1).nan_to_num(99, 99).cpu()  # diverged: 99 nats
 
 def train(model, part, rate, steps, seed, watch, points=1, muon=False, pretraining=False):
     """Train what requires a gradient -> [evaluate(model, watch)] at so many points, the last one at
@@ -175,10 +172,10 @@ def pretrain(model, steps, new):
 def prepare(kind, width, layers, steps):
     """The base (pretrained unless cached), what it knows, and the new task's three parts."""
     torch.manual_seed(0)
-    model = Transformer(kind, width, layers).to(DEVICE)
+    model, new_head = Transformer(kind, width, layers).to(DEVICE), nn.Linear(width, 32).to(DEVICE)
     parts = (texts(Path(torch.__file__).parent / "include", "*.h") if model.causal else
              glyphs(32, (3200, 512, 1024), curved=True, seed=1))
-    path = Path(__file__).resolve().parent / ".cache" / f"{kind}-{width}-{layers}-{steps}.pt"
+    path = Path(__file__).parent / f".cache/{kind}-{width}-{layers}-{steps}-{torch.__version__}.pt"
     if not path.exists():
         print(f"pretraining, {steps:,} steps, once ...", file=sys.stderr, flush=True)
         path.parent.mkdir(exist_ok=True)
@@ -186,8 +183,7 @@ def prepare(kind, width, layers, steps):
     saved = torch.load(path, map_location=DEVICE, weights_only=True)
     model.load_state_dict(saved["model"])
     if not model.causal:
-        model.head = nn.Linear(width, 32, device=DEVICE)  # new classes; every method trains it
-        nn.init.zeros_(model.head.weight)
+        model.head = new_head  # for the new classes; every method trains it
     return model, saved["known"], parts
 
 # ---- 5. Methods: functions that put adapters into a model ----------------------------------------
@@ -205,8 +201,9 @@ def lora(model, part, rank, head, scale=1, pissa=False):
             F.linear(inputs[0], layer.lora_A), layer.lora_B))
 
 def aira(model, part, rank, head, **options):
-    apply_aira(model, lambda: [model(x) for x in part[0][:256].split(16)], rank=rank,
-               targets=LAYERS, also_train=head, **options)
+    some = part[0][torch.randperm(len(part[0]))[:256]].split(16)
+    apply_aira(model, lambda: [model(x) for x in some], rank=rank, targets=LAYERS, also_train=head,
+               **options)
 
 TUNED, FULL = "LoRA, scale tuned", "full fine-tuning"
 METHODS = {  # name: function, its options (of several the best is taken), middle of the first grid
@@ -223,20 +220,22 @@ Row = namedtuple("Row", "name rank steps")
 Job = namedtuple("Job", "name rank steps option rate seed part")  # part: 1 validation, 2 test
 
 def run(task, job):
-    """One fine-tuning -> its last loss (by window, too), curve, and sizes less the head."""
+    """One fine-tuning -> its last loss (by window, too), curve, and sizes less a new head."""
     base, _, parts = prepare(*task)
     model, (apply, options, _) = copy.deepcopy(base), METHODS[job.name]
     torch.manual_seed(job.seed)  # seeds LoRA's random start
-    apply(model, parts[0], job.rank, () if model.causal else ("head",), **options[job.option])
+    head = () if model.causal else ("head",)
+    apply(model, parts[0], job.rank, head, **options[job.option])
     curve, seconds = train(model, parts[0], job.rate, job.steps, job.seed, parts[job.part],
                            POINTS if job.part == 2 else 1, job.name.endswith("Muon"))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     sent = [t for m in model.modules() if isinstance(m, AiraLinear) for t in m.factors()]
-    kept = aira_state_dict(model) if sent else trained
-    trained, kept = ([t for k, t in some.items() if k[:4] != "head"] for some in (trained, kept))
+    trained, kept = ([t for name, t in some.items() if not name.startswith(("aira.", *head))]
+                     for some in (trained, aira_state_dict(model) if sent else trained))
+    sent = sent or trained * (1 + (job.name == "PiSSA"))  # which changes the base: twice the rank
     return {"loss": curve[-1].mean().item(), "windows": curve[-1].tolist(), "seconds": seconds,
             "curve": [losses[:len(curve[0])].mean().item() for losses in curve],
-            "sizes": [sum(t.numel() for t in some) for some in (trained, sent or trained, kept)]}
+            "sizes": [sum(t.numel() for t in some) for some in (trained, sent, kept)]}
 
 def tune(task, seeds, row):
     """{(option, rate): mean validation loss}, for every option its best rate inside the grid."""
@@ -247,7 +246,7 @@ def tune(task, seeds, row):
         while rates:
             for rate in rates:
                 runs = (run(task, Job(*row, option, rate, seed, 1)) for seed in seeds)
-                grid[option, rate] = fmean(min(99, one["loss"]) for one in runs)  # diverged: NaN
+                grid[option, rate] = fmean(one["loss"] for one in runs)
             best = min(grid, key=grid.get)
             rates = [best[1] / 2] * (best == min(grid)) + [best[1] * 2] * (best == max(grid))
         losses.update(sorted(grid.items()))
@@ -264,8 +263,8 @@ def everywhere(pool, function, items):
 
 # ---- 7. Report -----------------------------------------------------------------------------------
 def crossing(places, losses, goal):
-    """Where falling losses first come to the goal, on straight lines between places, or inf."""
-    reached = -np.minimum.accumulate(losses)
+    """Where the lowest loss so far comes to the goal, linear between places, or inf."""
+    reached = -np.minimum.accumulate(losses)  # interp wants rising values
     return float(np.interp(-goal, reached, places)) if reached[-1] >= -goal else math.inf
 
 def versus(runs, others):
@@ -273,29 +272,29 @@ def versus(runs, others):
     difference = np.array([a["windows"] for a in runs]) - np.array([b["windows"] for b in others])
     errors = (x.std() / math.sqrt(len(x) - 1) if len(x) > 1 else math.nan
               for x in (difference.mean(1), difference.mean(0)))
-    return "{:+.3f} +-{:.3f}/{:.3f}".format(difference.mean(), *errors)
+    return "{:+.3f} +-{:5.3f}/{:5.3f}".format(difference.mean(), *errors)
 
 def report(results, jobs, times, grids):
-    """The table, a line for every Row; the first is LoRA."""
+    """The table, a line for a Row; the first is LoRA.  Short schedules are held against whole ones."""
     _, rank, steps = next(iter(results))
     every = [loss for runs in results.values() for run in runs for loss in run["curve"]]
     print(f"""
-to: median step that comes to the final loss of LoRA | {TUNED}; differences to these, +- errors
-over seeds / windows; curve; time of a step; numbers trained, exported, stored; validation by rate
+to: median step to the final loss of LoRA | tuned LoRA, at rank {rank}; differences, +- error over
+seeds / windows; curve; time of a step, LoRA's = 1; numbers trained, exported, stored; validation by rate
 
 {"":22} rank steps   rate   loss        to  - LoRA              - {TUNED:17} curve      time""")
     for row, runs in results.items():
         goals = [results[name, rank, max(steps, row.steps)] for name in ("LoRA", TUNED)]
-        places = np.arange(1, POINTS + 1) * row.steps / POINTS
+        places = np.linspace(0, row.steps, len(runs[0]["curve"]) + 1)[1:]
         to = [median(crossing(places, a["curve"], b["curve"][-1]) for a, b in zip(runs, goal))
               for goal in goals]
         curve = (np.mean([run["curve"] for run in runs], 0) - min(every)) / np.ptp(every)
-        job, options = jobs[row][0], METHODS[row.name][1]
+        job = jobs[row][0]
         print(f"{row.name:22} {row.rank:>4} {row.steps:>5} {job.rate:>6.2g} "
               f"{fmean(run['loss'] for run in runs):.4f} {to[0]:>4.0f}|{to[1]:>4.0f}  "
               f"{versus(runs, goals[0])} {versus(runs, goals[1])} "
               f"{''.join('_.-=+*#@'[int(7.9 * x)] for x in curve)} {times.get(row, math.nan):.2f}",
-              *(f"{n:,}" for n in runs[0]["sizes"]), options[job.option] or "",
+              *(f"{n:,}" for n in runs[0]["sizes"]), METHODS[row.name][1][job.option] or "",
               *(f"{k[1]:.2g}:{loss:.3f}" for k, loss in grids[row].items() if k[0] == job.option))
 
 def main():
@@ -314,35 +313,36 @@ def main():
     names = list(METHODS) if options.full else ["LoRA", TUNED, "AIRA", FULL]
     task, seeds, shares = (options.model, *size), range(1, 6 if options.full else 2), (0.5, 0.7, 1)
     print(f"torch {torch.__version__}, {DEVICE}: {task},", prepare(*task)[1], flush=True)
-    main_rows = rows = [Row(name, ranks[0], steps) for name in names]
+    rows, main_rows = ([Row(name, ranks[0], steps) for name in names] for _ in range(2))
     if options.full:
-        rows = rows + [Row(name, r, steps) for r in ranks[1:] for name in ("LoRA", TUNED, "AIRA")]
+        rows += [Row(name, r, steps) for r in ranks[1:] for name in ("LoRA", TUNED, "AIRA")]
         rows += [Row(name, ranks[0], 4 * steps) for name in ("LoRA", TUNED, "PiSSA", "AIRA")]
         rows += [Row("AIRA", ranks[0], round(share * steps)) for share in shares[:2]]
     long_first = sorted(rows, key=lambda row: -row.steps * len(METHODS[row.name][1]))
-    workers, spawn = os.cpu_count() if DEVICE == "cpu" else 4, multiprocessing.get_context("spawn")
+    workers, spawn = 4 if DEVICE == "cuda" else None, torch.multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (1,)) as pool:
         grids = everywhere(pool, functools.partial(tune, task, (101, 102)[:len(seeds)]), long_first)
         jobs = {row: [Job(*row, *min(grids[row], key=grids[row].get), seed, 2) for seed in seeds]
                 for row in rows}
         runs = everywhere(pool, functools.partial(run, task), sum(jobs.values(), []))
+    if options.out:
+        tried = [(row, list(grid.items())) for row, grid in grids.items()]
+        Path(options.out).write_text(json.dumps({"tried": tried, "runs": list(runs.items())}))
     results = {row: [runs[job] for job in some] for row, some in jobs.items()}
     times = np.median([[run(task, jobs[row][0]._replace(steps=5, part=1))["seconds"]
                         for row in main_rows] for _ in range(7)], 0)
-    report(results, jobs, dict(zip(rows, times / times[0])), grids)
-    for goal in main_rows[:2 * options.full]:
+    report(results, jobs, dict(zip(main_rows, times / times[0])), grids)
+    for goal in main_rows[:2] if options.full else ():
         ends = zip(results[goal], *(results["AIRA", ranks[0], round(s * steps)] for s in shares))
-        share = median(crossing(shares, [run["loss"] for run in end], lora["loss"])
-                       for lora, *end in ends)
+        share = median(crossing(shares, [run["loss"] for run in ours], theirs["loss"])
+                       for theirs, *ours in ends)
         print(f"\nAIRA on a schedule of {share:.2f} of the steps ends where {goal.name} ends with "
-              "all (median of seeds; from runs with .5, .7 and all)", end="")
-    if options.out:
-        Path(options.out).write_text(json.dumps(list(runs.items())))
+              "all (median of seeds; from .5, .7 and all; .50 may be less)", end="")
     if options.plot:
         from matplotlib import pyplot
-        for row in main_rows:
-            pyplot.plot(np.mean([one["curve"] for one in results[row]], 0), label=row.name)
-        pyplot.legend(), pyplot.xlabel("tenth of the steps"), pyplot.ylabel("test loss")
+        curves = np.array([np.mean([one["curve"] for one in results[row]], 0) for row in main_rows])
+        pyplot.plot(np.linspace(0, steps, curves.shape[1] + 1)[1:], curves.T, label=names)
+        pyplot.legend(), pyplot.xlabel("step"), pyplot.ylabel("test loss")
         pyplot.savefig(options.plot)
     print(f"\n{time.monotonic() - started:.0f} s in all")
 
