@@ -275,12 +275,12 @@ def versus(runs, others):
     return "{:+.3f} +-{:5.3f}/{:5.3f}".format(difference.mean(), *errors)
 
 def report(results, jobs, times, grids):
-    """The table, a line for a Row; the first is LoRA.  Short schedules are held against whole ones."""
+    """The table, a line for a Row, LoRA first; short schedules are held against whole ones."""
     _, rank, steps = next(iter(results))
     every = [loss for runs in results.values() for run in runs for loss in run["curve"]]
     print(f"""
 to: median step to the final loss of LoRA | tuned LoRA, at rank {rank}; differences, +- error over
-seeds / windows; curve; time of a step, LoRA's = 1; numbers trained, exported, stored; validation by rate
+seeds / windows; curve; time of a step / LoRA's; numbers trained, exported, stored; rates tried
 
 {"":22} rank steps   rate   loss        to  - LoRA              - {TUNED:17} curve      time""")
     for row, runs in results.items():
