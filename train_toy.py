@@ -308,7 +308,7 @@ def main():
     if options.plot and not importlib.util.find_spec("matplotlib"):
         sys.exit("--plot needs matplotlib: pip install matplotlib (--out FILE needs nothing)")
     size, ranks, steps = ((32, 1, 20), (4, 2), 10) if options.tiny else (
-        (64, 4, 2000), (8,), 100) if not options.full else (
+        (64, 3, 2000), (8,), 80) if not options.full else (
         (96, 4, 10_000) if DEVICE == "cpu" else (512, 8, 20_000), (16, 8, 4), 100)
     names = list(METHODS) if options.full else ["LoRA", TUNED, "AIRA", FULL]
     task, seeds, shares = (options.model, *size), range(1, 6 if options.full else 2), (0.5, 0.7, 1)
@@ -330,7 +330,7 @@ def main():
         Path(options.out).write_text(json.dumps({"tried": tried, "runs": list(runs.items())}))
     results = {row: [runs[job] for job in some] for row, some in jobs.items()}
     times = np.median([[run(task, jobs[row][0]._replace(steps=5, part=1))["seconds"]
-                        for row in main_rows] for _ in range(7)], 0)
+                        for row in main_rows] for _ in range(9 if options.full else 3)], 0)
     report(results, jobs, dict(zip(main_rows, times / times[0])), grids)
     for goal in main_rows[:2] if options.full else ():
         ends = zip(results[goal], *(results["AIRA", ranks[0], round(s * steps)] for s in shares))
