@@ -308,7 +308,7 @@ def main():
     if options.plot and not importlib.util.find_spec("matplotlib"):
         sys.exit("--plot needs matplotlib: pip install matplotlib (--out FILE needs nothing)")
     size, ranks, steps = ((32, 1, 20), (4, 2), 10) if options.tiny else (
-        (64, 3, 2000), (8,), 80) if not options.full else (
+        (64, 3, {"gpt": 2000, "vit": 6000}[options.model]), (8,), 80) if not options.full else (
         (96, 4, 10_000) if DEVICE == "cpu" else (512, 8, 20_000), (16, 8, 4), 100)
     names = list(METHODS) if options.full else ["LoRA", TUNED, "AIRA", FULL]
     task, seeds, shares = (options.model, *size), range(1, 6 if options.full else 2), (0.5, 0.7, 1)
