@@ -240,7 +240,7 @@ def run(task, job):
 def tune(task, seeds, row):
     """{(option, rate): mean validation loss}, for every option its best rate inside the grid."""
     losses, (_, options, middle) = {}, METHODS[row.name]
-    seeds = seeds[:1] if row.steps > 100 else seeds
+    seeds = seeds[:1] if row.steps > 100 else seeds  # long runs: one
     for option in range(len(options)):
         grid, rates = {}, [middle / 2, middle, middle * 2]
         while rates:
@@ -258,7 +258,7 @@ def everywhere(pool, function, items):
     for item, results[item] in zip(items, pool.map(function, items)):
         left = (time.monotonic() - start) * (len(items) / len(results) - 1)
         if sys.stderr.isatty():
-            print(f"\r{len(results)} of {len(items)}, {left:.0f} s left ", end="", file=sys.stderr)
+            print(f"\r{len(results)} done, {left:.0f} s left ", end="", file=sys.stderr, flush=True)
     return results
 
 # ---- 7. Report -----------------------------------------------------------------------------------
