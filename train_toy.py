@@ -8,8 +8,8 @@
 gpt: a byte-level GPT learns Python's standard library, then moves to C++, the headers in torch.
 vit: a ViT learns to tell 64 glyphs of straight strokes apart, then 32 of curved ones, in negative.
 Files (or images) are training, validation or test.  All methods get the same data in one order,
-AdamW (one row: Muon), clipping at norm 1, 10 % warm-up and a cosine to 10 %.  Rates are chosen on
-validation, on seeds of their own, from a grid that grows until its best lies inside it.
+AdamW (one row: Muon), clipping at norm 1, 10 % warm-up and a cosine to 10 %; rates are chosen on
+validation, on seeds of their own, from a grid that grows until its best lies inside.
 """
 import argparse, copy, functools, importlib.util, json, math, random, sys, sysconfig, time
 from collections import namedtuple
@@ -17,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import fmean, median
 import numpy as np, torch, torch.nn as nn, torch.nn.functional as F
-from aira import AiraLinear, aira_state_dict, apply_aira, outlier_weighted_svd
+from aira import aira_state_dict, apply_aira, outlier_weighted_svd
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONTEXT, POINTS = 64, 10  # bytes a window, points of a curve
 LAYERS = "qkv", "proj", "up", "down"  # what is adapted: all but the embedding and the head
@@ -208,12 +208,15 @@ def aira(model, part, rank, head, **options):
 TUNED, FULL = "LoRA, scale tuned", "full fine-tuning"
 METHODS = {  # name: function, its options (of several the best is taken), middle of the first grid
     "LoRA": (lora, [{}], 0.008), TUNED: (lora, [{"scale": s} for s in (2, 8, 16, 32)], 0.004),
-    "PiSSA": (lora, [{"pissa": True}], 0.002), "AIRA": (aira, [{}], 0.008),
-    "AIRA, random start": (aira, [{"start": "random"}], 0.008),
-    "AIRA, equal ranks": (aira, [{"importance": "uniform"}], 0.008),
-    "AIRA, not amplified": (aira, [{"amplify": 0}], 0.008), FULL: (lambda *_: None, [{}], 0.002)}
-if hasattr(torch.optim, "Muon"):  # from torch 2.9 on
-    METHODS[f"{FULL}, Muon"] = METHODS[FULL]
+    "PiSSA": (lora, [{"pissa": True}], 0.002), "AIRA": (aira, [{}], 0.016),
+    "AIRA, random start": (aira, [{"init": "random"}], 0.016),
+    "AIRA, equal ranks": (aira, [{"importance": lambda W, rms: sum(W.shape)}], 0.016),
+    "AIRA, not amplified": (aira, [{"amplify": 0}], 0.016),
+    "AIRA, both from SVD": (aira, [{"init": "svd"}], 0.004),  # these three: the abstract's letter
+    "AIRA, OWL's share": (aira, [{"importance": lambda W, rms: (
+        (W.abs() * rms) > 5 * (W.abs() * rms).mean()).double().mean()}], 0.016),
+    "AIRA, loud amplified": (aira, [{"amplify": -0.25}], 0.016), FULL: (lambda *_: 0, [{}], 0.002)}
+METHODS.update({f"{FULL}, Muon": METHODS[FULL]} if hasattr(torch.optim, "Muon") else {})  # 2.9 on
 
 # ---- 6. Runs -------------------------------------------------------------------------------------
 Row = namedtuple("Row", "name rank steps")
@@ -229,23 +232,21 @@ def run(task, job):
     curve, seconds = train(model, parts[0], job.rate, job.steps, job.seed, parts[job.part],
                            POINTS if job.part == 2 else 1, job.name.endswith("Muon"))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    sent = [t for m in model.modules() if isinstance(m, AiraLinear) for t in m.factors()]
-    trained, kept = ([t for name, t in some.items() if not name.startswith(("aira.", *head))]
-                     for some in (trained, aira_state_dict(model) if sent else trained))
-    sent = sent or trained * (1 + (job.name == "PiSSA"))  # which changes the base: twice the rank
+    stored = aira_state_dict(model) if job.name.startswith("AIRA") else trained
     return {"loss": curve[-1].mean().item(), "windows": curve[-1].tolist(), "seconds": seconds,
             "curve": [losses[:len(curve[0])].mean().item() for losses in curve],
-            "sizes": [sum(t.numel() for t in some) for some in (trained, sent, kept)]}
+            "sizes": [sum(t.numel() for name, t in some.items() if not name.startswith(
+                ("aira.", *head))) for some in (trained, stored)]}
 
 def tune(task, seeds, row):
     """{(option, rate): mean validation loss}, for every option its best rate inside the grid."""
     losses, (_, options, middle) = {}, METHODS[row.name]
-    seeds = seeds[:1] if row.steps > 100 else seeds  # long runs: one
     for option in range(len(options)):
         grid, rates = {}, [middle / 2, middle, middle * 2]
         while rates:
             for rate in rates:
-                runs = (run(task, Job(*row, option, rate, seed, 1)) for seed in seeds)
+                runs = (run(task, Job(*row, option, rate, seed, 1))
+                        for seed in seeds[:1 if row.steps > 100 else 2])  # long runs: one
                 grid[option, rate] = fmean(one["loss"] for one in runs)
             best = min(grid, key=grid.get)
             rates = [best[1] / 2] * (best == min(grid)) + [best[1] * 2] * (best == max(grid))
@@ -278,9 +279,8 @@ def report(results, jobs, times, grids):
     """The table, a line for a Row, LoRA first; short schedules are held against whole ones."""
     _, rank, steps = next(iter(results))
     every = [loss for runs in results.values() for run in runs for loss in run["curve"]]
-    print(f"""
-to: median step to the final loss of LoRA | tuned LoRA, at rank {rank}; differences, +- error over
-seeds / windows; curve; time of a step / LoRA's; numbers trained, exported, stored; rates tried
+    print(f"""\nto: median step to the final loss of LoRA | tuned LoRA, rank {rank}; +- errors over
+seeds / windows; curve; time of a step / LoRA's; numbers trained, stored; rates tried
 
 {"":22} rank steps   rate   loss        to  - LoRA              - {TUNED:17} curve      time""")
     for row, runs in results.items():
