@@ -36,13 +36,13 @@ class Sample:
     def __init__(self, weight):
         self.tokens, self.rms = 0, torch.ones_like(weight[0], dtype=torch.float32)
         self.x = self.rms.new_zeros(0, weight.shape[1])
-        self.keys, self.generator = torch.zeros(0), torch.Generator().manual_seed(0)
+        self.keys, self.generator = torch.zeros(0, device="cpu"), torch.Generator().manual_seed(0)
 
     def hook(self, layer, args, kwargs, y):
         x = (args[0] if args else kwargs["input"]).detach().reshape(-1, self.x.shape[1])
         self.tokens += len(x)
-        keys = torch.cat([self.keys, torch.rand(len(x), generator=self.generator)])
-        self.keys, kept = keys.topk(min(512, len(keys)))  # a random key each: the largest stay
+        keys = torch.rand(len(x), generator=self.generator, device="cpu")  # the largest 512 stay
+        self.keys, kept = torch.cat([self.keys, keys]).topk(min(512, len(self.keys) + len(x)))
         self.x = torch.cat([self.x, x.to(self.x)])[kept.to(x.device)]
 
     def finish(self, name):
@@ -70,7 +70,7 @@ def outlier_weighted_svd(weight, channel_rms, rank):
     Channels below 1e-4 of the mean count as that, lest S^-1 be infinite.  Seeded, nearly exact.
     Departure: the released code decomposes W itself, and takes V for V^T."""
     need(1 <= rank <= min(weight.shape) and channel_rms.shape == weight.shape[1:], f"{rank=} or "
-         f"channel_rms {(*channel_rms.shape,)} for {(*weight.shape,)}: use 1 .. {min(weight.shape)}")
+         f"channel_rms {(*channel_rms.shape,)} for {(*weight.shape,)}: 1 .. {min(weight.shape)}")
     rms = channel_rms.to(torch.promote_types(weight.dtype, torch.float32))  # half has no SVD
     rms = rms.clamp_min(1e-4 * rms.mean()) if rms.any() else rms + 1
     WS = weight.detach().to(rms) * rms
@@ -139,7 +139,7 @@ def knapsack_ranks(importance, costs, budget, min_rank, max_ranks):
 # ---- 4. Amplified updates ------------------------------------------------------------------------
 # Abstract: amplify the updates of significant weights.  Multiplying a gradient by a constant would
 # be a placebo: Adam divides it out again.  But in y = W x + s B A x a step of B moves the layer
-# through A; from B = 0, SGD moves W by  -rate s^2 grad A^T A.  A decides what is amplified.  With
+# through A: from B = 0, SGD moves W by  -rate s^2 grad A^T A.  A decides what is amplified.  With
 #
 #     A = A_SIZE sqrt(in) V_r^T G ,    G = (C + damping I)^-p ,    V_r of part 2
 # and p = 1/2, x arrives in A x as if white, all directions equally loud: a few loud ones do not
@@ -190,7 +190,7 @@ class AiraLinear(nn.Module):
 
     @property
     def weight(self):
-        """W + dW, summed in float32 or wider: to merge; to read, as nn.MultiheadAttention does."""
+        """W + dW, summed in float32 or wider; nn.TransformerEncoderLayer in eval mode reads it."""
         B, A = self.factors()
         with torch.autocast(B.device.type, enabled=False):
             delta = (B @ A).T if is_conv1d(self.base) else B @ A
