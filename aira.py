@@ -4,11 +4,10 @@ The three ideas are the abstract's; how A is whitened and scaled, and the guards
 
 LoRA fine-tunes a frozen layer y = W x as y = W x + s B A x: A (r, in) starts random, B (out, r) at
 zero, all layers have rank r.  AIRA first runs the model on a few batches and listens:
-
     1  activations  a sample of every layer's inputs
     2  start        A comes from an SVD of W, weighted by how loud its input channels are
     3  ranks        layers with more outliers get more of LoRA's parameter budget
-    4  updates      A is turned up in quiet directions: there, every step moves the layer further
+    4  updates      A is turned up in quiet directions, which loud ones would drown in every step
 
 But: nn.Linear and Hugging Face's Conv1D only, no subclasses, no quantised weights, one adapter a
 model, and apply before torch.compile, DDP, fully_shard and checkpoint wrappers.
@@ -29,10 +28,10 @@ def need(ok, message):
 # Every vector x (in,) that enters a linear layer is a token.  We keep a random sample X (n, in) of
 # a layer's tokens, each scaled to RMS 1, lest a few, hundreds of times louder, be all that we hear:
 #
-#     rms_j ~ sqrt(mean_n X_nj^2)    how loud channel j is, in a token of median loudness  (in,)
-#     C = X^T X / n                  second moments, of trace in; never formed             (in, in)
+#     rms_j = sqrt(mean_n X_nj^2) * median loudness of the tokens: how loud channel j is     (in,)
+#     C = X^T X / n, second moments, of trace in; never formed                              (in, in)
 class Sample:
-    """A uniform random sample of one layer's tokens, at most 512, however many pass."""
+    """A uniform random sample of one layer's tokens, at most 512 a process, of all that pass."""
     def __init__(self, weight):
         self.tokens, self.rms = 0, torch.ones_like(weight[0], dtype=torch.float32)
         self.x = self.rms.new_zeros(0, weight.shape[1])
@@ -46,7 +45,7 @@ class Sample:
         self.x = torch.cat([self.x, x.to(self.x)])[kept.to(x.device)]
 
     def finish(self, name):
-        """Scale the tokens, drop silent ones, find rms; processes share, for equal ranks."""
+        """Scale the tokens, drop silent ones, find rms; processes pool theirs, to choose alike."""
         if dist.is_available() and dist.is_initialized():
             parts = [None] * dist.get_world_size()
             dist.all_gather_object(parts, (self.tokens, self.x.cpu()))
@@ -82,7 +81,7 @@ def outlier_weighted_svd(weight, channel_rms, rank):
 
 # ---- 3. Ranks ------------------------------------------------------------------------------------
 # Abstract: an offline optimisation assigns the ranks.  A unit of rank trains cost_l = in + out
-# numbers in layer l, and adds less the more there are.  With theta_l the importance of the layer,
+# numbers in layer l, and each further one adds less.  With theta_l the importance of the layer,
 #
 #     maximise sum_l theta_l log r_l   subject to   sum_l cost_l r_l <= budget ,  1 <= r_l <= max_l
 # in integers: ranks follow theta_l / cost_l.  (Departure: the released code truncates, and wastes
@@ -114,7 +113,7 @@ def greedy_ranks(importance, costs, budget, min_rank, max_ranks):
 
 def knapsack_ranks(importance, costs, budget, min_rank, max_ranks):
     """The exact optimum, by dynamic programming; arguments and errors as for greedy_ranks.
-    Layers of one cost form a class: its best n units are those of largest gain, in all value[n].
+    Layers of one cost form a class: its best n units have the largest gains, together value[n].
     Class by class, best[b] is the most that b buys:  new[b] = max_n value[n] + best[b - n cost].  b
     counts in the costs' common divisor (if that makes over 2^18, costs round up: not exact)."""
     ranks, theta, left = least_ranks(importance, costs, budget, min_rank, max_ranks)
@@ -141,14 +140,14 @@ def knapsack_ranks(importance, costs, budget, min_rank, max_ranks):
 # be a placebo: Adam divides it out again.  But in y = W x + s B A x a step of B moves the layer
 # through A: from B = 0, SGD moves W by  -rate s^2 grad A^T A.  A decides what is amplified.  With
 #
-#     A = A_SIZE sqrt(in) V_r^T G ,    G = (C + damping I)^-p ,    V_r of part 2
+#     A = A_SIZE sqrt(in) V_r^T G ,    G = (C + damping I)^-p ,    V_r of part 2; G is for its S^-1
 # and p = 1/2, x arrives in A x as if white, all directions equally loud: a few loud ones do not
-# drown the rest, and along V_r W moves by grad C^-1, a natural gradient.  `amplify` is p: 0 turns
-# up nothing, p < 0 what is loud.  How large?  Adam moves an entry of A by about the rate, however
-# small.  LoRA's are of size 1 / sqrt(3 in): the wider the layer, the sooner its start is forgotten.
-# Ours are of A_SIZE in any width, and s = 1 / (A_SIZE sqrt(in)) makes up for it.  Departure: the
-# released code multiplies the adapter's output by a gate in [0, 1] made from the batch at hand:
-# that only attenuates, ties a sample to its batch, and is lost on merging.
+# drown the rest (and where V_r holds eigenvectors of C, W moves by grad C^-1, a natural gradient).
+# `amplify` is p: 0 turns up nothing, p < 0 what is loud.  How large?  Adam moves an entry of A by
+# about the rate, however small: LoRA's, 1 / sqrt(3 in), are forgotten sooner in a wide layer.  Ours
+# are about A_SIZE in any width, and s = 1 / (A_SIZE sqrt(in)) makes up for it.  Departures: we turn
+# up what is quiet, not loud, for it measured better; the released code multiplies the adapter's
+# output by a gate from the batch: it attenuates, ties a sample to its batch, is lost on merging.
 A_SIZE = 1 / 8
 def amplified(rows, x, power, damping=0.1, k=64):
     """rows (r, in) times G, from a Sample's x (n, in).  C's k largest eigenvalues are told apart,
@@ -178,8 +177,7 @@ class AiraLinear(nn.Module):
         self.train(base.training)
 
     def factors(self):
-        """LoRA's factors of dW, s B (out, r) and A (r, in); init="svd" has rank 2 r, for
-        (B0 + B) (A0 + A) - B0 A0  =  [B0 + B | B] [A ; A0]."""
+        """LoRA's s B (out, r), A (r, in) of dW; init="svd": s [B0 + B | B], [A ; A0], rank 2 r."""
         if self.start_A is None: return self.scale * self.lora_B, self.lora_A
         B = torch.cat([self.start_B + self.lora_B, self.lora_B], 1)
         return self.scale * B, torch.cat([self.lora_A, self.start_A])
@@ -201,6 +199,8 @@ def is_conv1d(m):  # Hugging Face's, in GPT-2: a linear layer that stores its we
     return type(m).__name__ == "Conv1D" and hasattr(m, "nf")
 def is_linear(m):  # but no subclass, which may do anything
     return type(m) is nn.Linear or is_conv1d(m)
+def plain(w):
+    return isinstance(w, nn.Parameter) and not (w.is_meta or hasattr(w, "device_mesh"))  # sharded
 def out_in(layer):
     return layer.weight.detach().T if is_conv1d(layer) else layer.weight.detach()
 
@@ -231,9 +231,8 @@ def inside(name, modules):
 
 def find(model, targets, exclude, also_train):
     """-> {name: layer} to adapt, {name: why not} of other linear layers."""
-    def named(name, ends):
-        return any(f".{name}".endswith(f".{end}") for end in ends)
-    modules, layers, skipped = dict(list(model.named_modules())[1:]), {}, {}  # but the model itself
+    def named(name, ends): return any(f".{name}".endswith(f".{end}") for end in ends)
+    modules, layers, skipped = dict(list(model.named_modules())[1:]), {}, {}  # without the root
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     linear = {name: m for name, m in modules.items() if is_linear(m)}
@@ -242,13 +241,13 @@ def find(model, targets, exclude, also_train):
             w, why = m.weight, ("in also_train" if inside(name, also_train) else
                                 "tied" if owners[id(m.weight)] > 1 else
                                 "output head" if m is head and targets is None else "")
-            need(why or isinstance(w, nn.Parameter) and not (w.is_meta or hasattr(w, "device_mesh"))
-                 and w.is_floating_point() and w.isfinite().all(), f"weight of {name!r}: meta, "
-                 f"sharded, parametrised, quantised ({w.dtype}), NaN or inf?  Mend or exclude it")
+            need(why or plain(w) and w.is_floating_point() and w.isfinite().all(), "mend or "
+                 f"exclude {name!r}: meta, sharded, parametrised, quantised {w.dtype}, NaN, inf?")
             (skipped if why else layers)[name] = why or m
     missed = [t for t in targets or () if not any(named(name, [t]) for name in layers)]
+    missed += [t for t in exclude if not any(named(name, [t]) for name in linear)]
     missed += [name for name in also_train if name not in modules]
-    need(layers and not missed, f"no {missed or 'layer'} to adapt or train for {targets=}, "
+    need(layers and not missed, f"no {missed or 'layer'} inside, {targets=}, {exclude=}, "
          f"{also_train=}; linear layers are {list(linear)[:5]} .., skipped {list(skipped)[:5]}")
     return layers, skipped
 
@@ -277,7 +276,7 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, exclude=(), also_
     targets     names of layers or their endings, as "q_proj"; None: all linear layers but the
                 output head and tied ones.  exclude: names or endings to leave out
     also_train  names of modules to train in full and save along, as a new head
-    init        "svd_A": A from the weighted SVD, B zero; "svd": both from it; "random": neither
+    init        "svd_A": A from the weighted SVD, B zero; "svd": both, no G; "random": neither
     importance  function (weight, rms) -> theta >= 0; lambda W, rms: sum(W.shape) for equal ranks
     allocate    greedy_ranks or knapsack_ranks;  max_rank: of a layer, None: 2 rank;  amplify: p
 
@@ -293,8 +292,8 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, exclude=(), also_
     layers, skipped = find(model, targets, exclude, also_train)
     samples = listen(model, layers, calibrate or (lambda: None))
     few = [name for name, sample in samples.items() if sample.tokens < rank]
-    need(not calibrate or all(samples[name].tokens for name in few),
-         f"calibrate never called some of {few[:5]}: run or exclude them; a generator runs nothing")
+    unused = [name for name in few if calibrate and not samples[name].tokens]
+    need(not unused, f"calibrate never called {unused[:5]}: run (a generator does not) or exclude")
     weights = {name: out_in(m) for name, m in layers.items()}
     costs, sides = ([f(w.shape) for w in weights.values()] for f in (sum, min))
     if few or rank > max(sides):
@@ -321,7 +320,7 @@ def load_aira(model, state):
     own, modules, state = model.state_dict(), dict(model.named_modules()), dict(state)
     count, want = int(state.pop("aira.tensors", -1)), {k: own[k].shape for k in state if k in own}
     names = [k[:-7] for k in state if k.endswith(".lora_A") and is_linear(modules.get(k[:-7]))]
-    for name in names:
+    for name in (name for name in names if plain(modules[name].weight)):
         (out, width), r = out_in(modules[name]).shape, len(state[f"{name}.lora_A"])
         for t in TENSORS[:4 if f"{name}.start_A" in state else 2]:
             want[f"{name}.{t}"] = torch.Size((r, width) if t.endswith("A") else (out, r))
@@ -339,8 +338,7 @@ def load_aira(model, state):
     swap(model, {id(modules[name]): AiraLinear(
         modules[name], *(state.get(f"{name}.{t}") for t in TENSORS)) for name in names})
 
-def swap(model, new):
-    """Put new[id(module)] in the module's place, wherever it hangs."""
+def swap(model, new):  # put new[id(module)] in the module's place, wherever it hangs
     for parent in list(model.modules()):
         parent._modules.update({k: new.get(id(m), m) for k, m in parent._modules.items()})
 
@@ -379,9 +377,11 @@ def save_peft(model, directory):
     """Write a plain LoRA for Hugging Face PEFT and servers; ValueError for what it cannot hold."""
     model, adapters = adapted(model)
     also, kind = model._aira["also_train"], type(model).__name__
+    also = [n for n in also if not inside(n.rpartition(".")[0], also)]  # the outermost
     odd = [n for n, m in model.named_modules(remove_duplicate=False)  # shared, or like also_train
            if isinstance(m, AiraLinear) and n not in adapters
            or n.endswith(tuple(also)) and not inside(n, also)]
+    odd += [n for n in also if any(x.endswith(n) for x in ("lora_dropout", "base_layer", "A", "B"))]
     need(not odd, f"PEFT would confuse {odd[:5]} with others: use merge_aira and save the model")
     tensors, ranks = {k: t for k, t in model.state_dict().items() if inside(k, also)}, {}
     for name, m in adapters.items():
@@ -392,8 +392,8 @@ def save_peft(model, directory):
         "target_modules": "|".join(map(re.escape, adapters)), "modules_to_save": also or None,
         "fan_in_fan_out": all(is_conv1d(m.base) for m in adapters.values()),
         "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", None),
-        "task_type": {"CausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM",
-                      "SequenceClassification": "SEQ_CLS"}.get(re.split("For|2", kind)[-1])}
+        "task_type": "CAUSAL_LM" if kind.endswith(("ForCausalLM", "LMHeadModel")) else
+        "SEQ_CLS" if "SequenceClass" in kind and {"classifier", "score"} & {*also} else None}
     Path(directory).mkdir(parents=True, exist_ok=True)
     Path(directory, "adapter_config.json").write_text(json.dumps(settings, indent=2))
     torch.save({f"base_model.model.{k}": t.detach().cpu().contiguous() for k, t in tensors.items()},
