@@ -8,7 +8,6 @@ zero, all layers have rank r.  AIRA first runs the model on a few batches and li
     2  start        A comes from an SVD of W, weighted by how loud its input channels are
     3  ranks        layers with more outliers get more of LoRA's parameter budget
     4  updates      A is turned up in quiet directions, which loud ones would drown in every step
-
 But: nn.Linear and Hugging Face's Conv1D only, no subclasses, no quantised weights, one adapter a
 model, and apply before torch.compile, DDP, fully_shard and checkpoint wrappers.
 
@@ -23,11 +22,14 @@ import numpy as np, torch, torch.distributed as dist, torch.nn as nn, torch.nn.f
 
 def need(ok, message):
     if not ok: raise ValueError(message)
+def truncated_svd(M, rank):  # nearly exact, repeatable, and the caller's random state stays
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(0)
+        return torch.svd_lowrank(M, min(rank + 16, *M.shape), niter=5)
 
 # ---- 1. Activations ------------------------------------------------------------------------------
 # Every vector x (in,) that enters a linear layer is a token.  We keep a random sample X (n, in) of
 # a layer's tokens, each scaled to RMS 1, lest a few, hundreds of times louder, be all that we hear:
-#
 #     rms_j = sqrt(mean_n X_nj^2) * median loudness of the tokens: how loud channel j is     (in,)
 #     C = X^T X / n, second moments, of trace in; never formed                              (in, in)
 class Sample:
@@ -66,16 +68,14 @@ class Sample:
 def outlier_weighted_svd(weight, channel_rms, rank):
     """The best rank-r factors in the norm of the inputs (Eckart-Young): weight W (out, in),
     channel_rms (in,) -> B (out, rank), A (rank, in), float32 or wider.
-    Channels below 1e-4 of the mean count as that, lest S^-1 be infinite.  Seeded, nearly exact.
-    Departure: the released code decomposes W itself, and takes V for V^T."""
+    Channels below 1e-4 of the mean count as that, lest S^-1 be infinite.  Departure: the released
+    code decomposes W itself, and takes V for V^T."""
     need(1 <= rank <= min(weight.shape) and channel_rms.shape == weight.shape[1:], f"{rank=} or "
          f"channel_rms {(*channel_rms.shape,)} for {(*weight.shape,)}: 1 .. {min(weight.shape)}")
     rms = channel_rms.to(torch.promote_types(weight.dtype, torch.float32))  # half has no SVD
     rms = rms.clamp_min(1e-4 * rms.mean()) if rms.any() else rms + 1
     WS = weight.detach().to(rms) * rms
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(0)
-        U, s, V = torch.svd_lowrank(WS, min(rank + 16, *WS.shape), niter=5)
+    U, s, V = truncated_svd(WS, rank)
     root = s[:rank].sqrt().clamp_min(1e-4 * s[0].sqrt() + 1e-30)  # so no row of A is zero
     return U[:, :rank] * (s[:rank] / root), root[:, None] * V.T[:rank] / rms
 
@@ -114,8 +114,8 @@ def greedy_ranks(importance, costs, budget, min_rank, max_ranks):
 def knapsack_ranks(importance, costs, budget, min_rank, max_ranks):
     """The exact optimum, by dynamic programming; arguments and errors as for greedy_ranks.
     Layers of one cost form a class: its best n units have the largest gains, together value[n].
-    Class by class, best[b] is the most that b buys:  new[b] = max_n value[n] + best[b - n cost].  b
-    counts in the costs' common divisor (if that makes over 2^18, costs round up: not exact)."""
+    Class by class, best[b], the most that b buys, is max_n value[n] + before[b - n cost].  b's unit
+    is the costs' common divisor (if b passes 2^18, a larger one: costs round up, not exact)."""
     ranks, theta, left = least_ranks(importance, costs, budget, min_rank, max_ranks)
     coin, classes = max(math.gcd(*costs), left >> 18), []
     best = np.zeros(left // coin + 1)
@@ -139,7 +139,6 @@ def knapsack_ranks(importance, costs, budget, min_rank, max_ranks):
 # Abstract: amplify the updates of significant weights.  Multiplying a gradient by a constant would
 # be a placebo: Adam divides it out again.  But in y = W x + s B A x a step of B moves the layer
 # through A: from B = 0, SGD moves W by  -rate s^2 grad A^T A.  A decides what is amplified.  With
-#
 #     A = A_SIZE sqrt(in) V_r^T G ,    G = (C + damping I)^-p ,    V_r of part 2; G is for its S^-1
 # and p = 1/2, x arrives in A x as if white, all directions equally loud: a few loud ones do not
 # drown the rest (and where V_r holds eigenvectors of C, W moves by grad C^-1, a natural gradient).
@@ -152,8 +151,9 @@ A_SIZE = 1 / 8
 def amplified(rows, x, power, damping=0.1, k=64):
     """rows (r, in) times G, from a Sample's x (n, in).  C's k largest eigenvalues are told apart,
     the others count as their mean:  G = g I + V diag(gains - g) V^T."""
-    _, s, Vt = torch.linalg.svd(x / max(len(x), 1) ** 0.5, full_matrices=False)
-    eigenvalues, V, width = s[:k].square(), Vt[:k].T, x.shape[1]  # of x^T x / n
+    if not len(x): return rows  # silence: nothing to whiten
+    (_, s, V), width = truncated_svd(x / len(x) ** 0.5, k), x.shape[1]
+    eigenvalues, V = s[:k].square(), V[:, :k]  # of x^T x / n
     rest = (width - eigenvalues.sum()).clamp_min(0) / max(width - len(eigenvalues), 1)
     gains, g = (eigenvalues + damping) ** -power, (rest + damping) ** -power
     return g * rows + rows @ V * (gains - g) @ V.T
@@ -179,8 +179,8 @@ class AiraLinear(nn.Module):
     def factors(self):
         """LoRA's s B (out, r), A (r, in) of dW; init="svd": s [B0 + B | B], [A ; A0], rank 2 r."""
         if self.start_A is None: return self.scale * self.lora_B, self.lora_A
-        B = torch.cat([self.start_B + self.lora_B, self.lora_B], 1)
-        return self.scale * B, torch.cat([self.lora_A, self.start_A])
+        B, A = [self.start_B + self.lora_B, self.lora_B], [self.lora_A, self.start_A]
+        return self.scale * torch.cat(B, 1), torch.cat(A)
 
     def forward(self, input):
         B, A = (t.to(input.dtype) for t in self.factors())  # B A, (out, in), is never formed here

@@ -251,7 +251,7 @@ def work(process, folder):  # one of two processes, on its half of the batch; re
         losses = torch.tensor(tune(model, batch))
         found.append(([tuple(row) for row in rows], start, losses, aira_state_dict(model)))
     for model in (Denoiser().to("meta"), fsdp.fully_shard(Denoiser())):
-        with pytest.raises(ValueError, match="weight of 'patch': meta, sharded"):
+        with pytest.raises(ValueError, match="'patch': meta, sharded"):
             apply_aira(model, lambda: model(**batch))
     torch.save(found, f"{folder}/{process}.pt")
     dist.destroy_process_group()
