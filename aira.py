@@ -158,6 +158,7 @@ def amplified(rows, x, power, damping=0.1, k=64):
     gains, g = (eigenvalues + damping) ** -power, (rest + damping) ** -power
     return g * rows + rows @ V * (gains - g) @ V.T
 
+TENSORS, INITS = ("lora_A", "lora_B", "start_A", "start_B"), ("svd_A", "svd", "random")
 class AiraLinear(nn.Module):
     """A frozen linear layer and its low-rank difference, y = base(x) + s B A x.
     base              nn.Linear or Conv1D; its weight is never touched
@@ -212,7 +213,6 @@ def start(W, sample, rank, init, power):
     return size * amplified(F.normalize(V), sample.x.to(V), power), 0 * B
 
 # ---- 5. apply_aira -------------------------------------------------------------------------------
-TENSORS, INITS = ("lora_A", "lora_B", "start_A", "start_B"), ("svd_A", "svd", "random")
 Row = namedtuple("Row", "name shape tokens importance rank parameters")  # a layer; (out, in)
 class Report(namedtuple("Report", "rows budget skipped unreached")):
     """What apply_aira did, as a table; skipped: {layer: why}, unreached: share of the model."""
@@ -285,8 +285,8 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, exclude=(), also_
                                     for x in (targets, exclude, also_train))
     most = 2 * rank if max_rank is None else max_rank
     need(all(isinstance(r, (int, np.integer)) and r >= 1 for r in (rank, most)) and init in INITS
-         and abs(amplify) <= 1 and callable(calibrate or id), f"{rank=}, {max_rank=}: whole, >= 1; "
-         f"{init=}: {INITS}; {amplify=}: -1 .. 1; {calibrate=}: lambda: [model(x) for x in xs]")
+         and abs(amplify) <= 1 and (calibrate is None or callable(calibrate)), f"{rank=}, "
+         f"{max_rank=}: whole, >= 1; {init=}: {INITS}; {amplify=}: -1 .. 1; {calibrate=}: a lambda")
     need(not any("_aira" in vars(m) or hasattr(m, "peft_config") for m in model.modules()),
          "the model has adapters: remove_aira, merge_aira or PEFT's unload() first")
     layers, skipped = find(model, targets, exclude, also_train)
@@ -345,7 +345,7 @@ def swap(model, new):  # put new[id(module)] in the module's place, wherever it 
 def adapted(model):
     """The module that was adapted (DDP and compile wrap it), and its {name: AiraLinear}."""
     roots = [m for m in model.modules() if "_aira" in vars(m)]
-    need(len(roots) == 1, f"{len(roots)} models with AIRA adapters here, not one: call apply_aira")
+    need(len(roots) == 1, f"{len(roots)} models with AIRA adapters: call apply_aira, or pass a part")
     return roots[0], {n: m for n, m in roots[0].named_modules() if isinstance(m, AiraLinear)}
 
 def aira_state_dict(model):
