@@ -139,7 +139,7 @@ def knapsack_ranks(importance, costs, budget, min_rank, max_ranks):
 # Abstract: amplify the updates of significant weights.  Multiplying a gradient by a constant would
 # be a placebo: Adam divides it out again.  But in y = W x + s B A x a step of B moves the layer
 # through A: from B = 0, SGD moves W by  -rate s^2 grad A^T A.  A decides what is amplified.  With
-#     A = A_SIZE sqrt(in) V_r^T G ,    G = (C + damping I)^-p ,    V_r of part 2; G is for its S^-1
+#     A = A_SIZE sqrt(in) V_r^T G ,    G = (C + damping I)^-p ,    V_r of part 2, G in place of S^-1
 # and p = 1/2, x arrives in A x as if white, all directions equally loud: a few loud ones do not
 # drown the rest (and where V_r holds eigenvectors of C, W moves by grad C^-1, a natural gradient).
 # `amplify` is p: 0 turns up nothing, p < 0 what is loud.  How large?  Adam moves an entry of A by
@@ -345,7 +345,7 @@ def swap(model, new):  # put new[id(module)] in the module's place, wherever it 
 def adapted(model):
     """The module that was adapted (DDP and compile wrap it), and its {name: AiraLinear}."""
     roots = [m for m in model.modules() if "_aira" in vars(m)]
-    need(len(roots) == 1, f"{len(roots)} models with AIRA adapters: call apply_aira, or pass a part")
+    need(len(roots) == 1, f"{len(roots)} models with AIRA adapters, not one: call apply_aira")
     return roots[0], {n: m for n, m in roots[0].named_modules() if isinstance(m, AiraLinear)}
 
 def aira_state_dict(model):
@@ -386,7 +386,7 @@ def save_peft(model, directory):
     tensors, ranks = {k: t for k, t in model.state_dict().items() if inside(k, also)}, {}
     for name, m in adapters.items():
         tensors[f"{name}.lora_B.weight"], tensors[f"{name}.lora_A.weight"] = m.factors()
-        ranks["^" + re.escape(name)] = m.factors()[0].shape[1]  # to PEFT, a regular expression
+        ranks["^" + re.escape(name)] = len(tensors[f"{name}.lora_A.weight"])  # a regular expression
     settings = {
         "peft_type": "LORA", "r": 1, "lora_alpha": 1, "rank_pattern": ranks, "alpha_pattern": ranks,
         "target_modules": "|".join(map(re.escape, adapters)), "modules_to_save": also or None,
