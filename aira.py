@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: MIT
 """AIRA (Activation-Informed Low-Rank Adaptation, ICCV 2025) for PyTorch, all of it in one file.
-The three ideas are the abstract's; how A is whitened and scaled, and the guards, are ours.
+The three ideas are the abstract's; how updates are amplified, and the guards, are ours.
 
 LoRA fine-tunes a frozen layer y = W x as y = W x + s B A x: A (r, in) starts random, B (out, r) at
 zero, all layers have rank r.  AIRA first runs the model on a few batches and listens:
-    1  activations  a sample of every layer's inputs
+    1  activations  how loud each layer's input channels are, and in which directions
     2  start        A comes from an SVD of W, weighted by how loud its input channels are
     3  ranks        layers with more outliers get more of LoRA's parameter budget
-    4  updates      A is turned up in quiet directions, which loud ones would drown in every step
-But: nn.Linear and Hugging Face's Conv1D only, no subclasses, no quantised weights, one adapter a
-model, and apply before torch.compile, DDP, fully_shard and checkpoint wrappers.
+    4  updates      B A hears x with its loud directions turned down, which would drown the others
+For nn.Linear and Hugging Face's Conv1D, not quantised; before torch.compile, DDP, fully_shard.
 
 An independent re-implementation, from the abstract, the released code (github.com/lliai/LoRA-Zoo;
 a "Departure" says where and why we differ) and: LoRA, arXiv 2106.09685; outliers, OWL, 2310.05175;
-activation-weighted SVD, ASVD, 2312.05821; PiSSA, 2404.02948; A's and B's rates, LoRA+, 2402.12354.
+activation-weighted SVD, ASVD, 2312.05821; moments from a sketch, Nystrom, 1706.05736.
 """
 import json, math, re, warnings
 from collections import Counter, namedtuple
@@ -22,67 +21,64 @@ import numpy as np, torch, torch.distributed as dist, torch.nn as nn, torch.nn.f
 
 def need(ok, message):
     if not ok: raise ValueError(message)
-def truncated_svd(M, rank):  # nearly exact, repeatable, and the caller's random state stays
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(0)
-        return torch.svd_lowrank(M, min(rank + 16, *M.shape), niter=5)
 
 # ---- 1. Activations ------------------------------------------------------------------------------
-# Every vector x (in,) that enters a linear layer is a token.  We keep a random sample X (n, in) of
-# a layer's tokens, each scaled to RMS 1, lest a few, hundreds of times louder, be all that we hear:
-#     rms_j = sqrt(mean_n X_nj^2) * median loudness of the tokens: how loud channel j is     (in,)
-#     C = X^T X / n, second moments, of trace in; never formed                              (in, in)
-class Sample:
-    """A uniform random sample of one layer's tokens, at most 512 a process, of all that pass."""
+# Every vector x (in,) that enters a linear layer is a token.  Each counts alike, scaled to RMS 1,
+# lest a few, hundreds of times louder, be all that we hear:
+#     rms_j = sqrt(mean x_j^2) * typical loudness of a token: how loud channel j is         (in,)
+#     C = mean x x^T, second moments, of trace in: too large to keep                       (in, in)
+# So we keep C P, for few random orthonormal columns P (in, 80).  Up to rank 80 that is all of C,
+# C = (C P) (P^T C P)^-1 (C P)^T  (Nystrom); beyond, nearly its loudest directions.
+class Listener:
+    """Sums over all tokens that one layer sees; silent ones add nothing."""
     def __init__(self, weight):
-        self.tokens, self.rms = 0, torch.ones_like(weight[0], dtype=torch.float32)
-        self.x = self.rms.new_zeros(0, weight.shape[1])
-        self.keys, self.generator = torch.zeros(0, device="cpu"), torch.Generator().manual_seed(0)
-
+        width, generator = weight.shape[1], torch.Generator().manual_seed(0)
+        P = torch.randn(width, min(width, 80), generator=generator, device="cpu")
+        self.P = torch.linalg.qr(P)[0].to(weight.device)
+        self.sums = 0, self.P.new_zeros(()), self.P.new_zeros(width), 0 * self.P
     def hook(self, layer, args, kwargs, y):
-        x = (args[0] if args else kwargs["input"]).detach().reshape(-1, self.x.shape[1])
-        self.tokens += len(x)
-        keys = torch.rand(len(x), generator=self.generator, device="cpu")  # the largest 512 stay
-        self.keys, kept = torch.cat([self.keys, keys]).topk(min(512, len(self.keys) + len(x)))
-        self.x = torch.cat([self.x, x.to(self.x)])[kept.to(x.device)]
-
+        x = (args[0] if args else kwargs["input"]).detach().reshape(-1, len(self.P)).to(self.P)
+        loud = x.square().mean(1, keepdim=True).sqrt()
+        x = x / (loud + (loud == 0))
+        with torch.autocast(x.device.type, enabled=False): CP = x.T @ (x @ self.P)
+        new = len(x), loud[loud != 0].log().sum(), x.square().sum(0), CP
+        self.sums = [a + b for a, b in zip(self.sums, new)]
     def finish(self, name):
-        """Scale the tokens, drop silent ones, find rms; processes pool theirs, to choose alike."""
+        """Sums to means; over all processes, lest they choose different ranks."""
         if dist.is_available() and dist.is_initialized():
             parts = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, (self.tokens, self.x.cpu()))
-            self.tokens, self.x = (f(p) for f, p in zip((sum, torch.cat), zip(*parts)))
-        x = self.x.to(self.rms)
-        loud = x.square().mean(1).sqrt()
-        need(loud.isfinite().all(), f"layer {name!r} saw NaN or inf: check batches and weights")
-        self.x, loud = (x / loud[:, None])[loud > 0], loud[loud > 0]
-        if len(loud): self.rms = self.x.square().mean(0).sqrt() * loud.median()
+            dist.all_gather_object(parts, [torch.as_tensor(t).cpu() for t in self.sums])
+            self.sums = [sum(part) for part in zip(*parts)]
+        self.tokens, (log, square, CP) = int(self.sums[0]), (t.to(self.P) for t in self.sums[1:])
+        need(CP.isfinite().all(), f"layer {name!r} saw NaN or inf: check batches and weights")
+        n = square.sum() / len(square)  # tokens: each that is not silent adds in
+        self.CP, self.rms = CP / n, (square / n).sqrt() * (log / n).exp()
+        if not n: self.CP, self.rms = self.P, square + 1  # silence: C = I, all channels alike
         return self
 
 # ---- 2. Outlier-weighted SVD ---------------------------------------------------------------------
 # Abstract: an outlier-weighted decomposition starts the factors.  A plain SVD keeps the most of W
 # as if all channels counted alike.  With S = diag(rms) we keep the most of what W does to x:
-#
 #     minimise ||(W - B A) S||_F   =>   W S = U diag(s) V^T  (SVD),
 #                                       B = U_r diag(s_r)^.5 ,   A = diag(s_r)^.5 V_r^T S^-1
 def outlier_weighted_svd(weight, channel_rms, rank):
     """The best rank-r factors in the norm of the inputs (Eckart-Young): weight W (out, in),
-    channel_rms (in,) -> B (out, rank), A (rank, in), float32 or wider.
-    Channels below 1e-4 of the mean count as that, lest S^-1 be infinite.  Departure: the released
-    code decomposes W itself, and takes V for V^T."""
+    channel_rms (in,), at least 1e-4 of its mean -> B (out, rank), A (rank, in), float32 or wider.
+    Departure: the released code decomposes W itself, and takes V for V^T."""
     need(1 <= rank <= min(weight.shape) and channel_rms.shape == weight.shape[1:], f"{rank=} or "
          f"channel_rms {(*channel_rms.shape,)} for {(*weight.shape,)}: 1 .. {min(weight.shape)}")
     rms = channel_rms.to(torch.promote_types(weight.dtype, torch.float32))  # half has no SVD
     rms = rms.clamp_min(1e-4 * rms.mean()) if rms.any() else rms + 1
     WS = weight.detach().to(rms) * rms
-    U, s, V = truncated_svd(WS, rank)
+    with torch.random.fork_rng(range(torch.cuda.device_count())):  # the caller's state stays
+        torch.manual_seed(0)
+        U, s, V = torch.svd_lowrank(WS, min(rank + 16, *WS.shape), niter=5)  # nearly exact
     root = s[:rank].sqrt().clamp_min(1e-4 * s[0].sqrt() + 1e-30)  # so no row of A is zero
     return U[:, :rank] * (s[:rank] / root), root[:, None] * V.T[:rank] / rms
 
 # ---- 3. Ranks ------------------------------------------------------------------------------------
 # Abstract: an offline optimisation assigns the ranks.  A unit of rank trains cost_l = in + out
 # numbers in layer l, and each further one adds less.  With theta_l the importance of the layer,
-#
 #     maximise sum_l theta_l log r_l   subject to   sum_l cost_l r_l <= budget ,  1 <= r_l <= max_l
 # in integers: ranks follow theta_l / cost_l.  (Departure: the released code truncates, and wastes
 # budget.)  The significance of a weight is |W_ij| rms_j, what it brings to an output (OWL).
@@ -137,65 +133,69 @@ def knapsack_ranks(importance, costs, budget, min_rank, max_ranks):
 
 # ---- 4. Amplified updates ------------------------------------------------------------------------
 # Abstract: amplify the updates of significant weights.  Multiplying a gradient by a constant would
-# be a placebo: Adam divides it out again.  But in y = W x + s B A x a step of B moves the layer
-# through A: from B = 0, SGD moves W by  -rate s^2 grad A^T A.  A decides what is amplified.  With
-#     A = A_SIZE sqrt(in) V_r^T G ,    G = (C + damping I)^-p ,    V_r of part 2, G in place of S^-1
-# and p = 1/2, x arrives in A x as if white, all directions equally loud: a few loud ones do not
-# drown the rest (and where V_r holds eigenvectors of C, W moves by grad C^-1, a natural gradient).
-# `amplify` is p: 0 turns up nothing, p < 0 what is loud.  How large?  Adam moves an entry of A by
-# about the rate, however small: LoRA's, 1 / sqrt(3 in), are forgotten sooner in a wide layer.  Ours
-# are about A_SIZE in any width, and s = 1 / (A_SIZE sqrt(in)) makes up for it.  Departures: we turn
-# up what is quiet, not loud, for it measured better; the released code multiplies the adapter's
-# output by a gate from the batch: it attenuates, ties a sample to its batch, is lost on merging.
-A_SIZE = 1 / 8
-def amplified(rows, x, power, damping=0.1, k=64):
-    """rows (r, in) times G, from a Sample's x (n, in).  C's k largest eigenvalues are told apart,
-    the others count as their mean:  G = g I + V diag(gains - g) V^T."""
-    if not len(x): return rows  # silence: nothing to whiten
-    (_, s, V), width = truncated_svd(x / len(x) ** 0.5, k), x.shape[1]
-    eigenvalues, V = s[:k].square(), V[:, :k]  # of x^T x / n
-    rest = (width - eigenvalues.sum()).clamp_min(0) / max(width - len(eigenvalues), 1)
-    gains, g = (eigenvalues + damping) ** -power, (rest + damping) ** -power
-    return g * rows + rows @ V * (gains - g) @ V.T
+# be a placebo: Adam divides it out again.  So we change what the adapter hears, G x for x:
+#     y = W x + s B A G x ,    G = (C + damping I)^-p ,    A = V_r^T / s  of part 2 ,    B = 0
+# Where C is loud G is small, so quiet directions are turned up, and in a step of A (SGD's) twice:
+# it moves W by  -rate s^2 B B^T grad G^2.  `amplify` is p: with 1/2, G x is white, with 0 it is x,
+# p < 0 turns up what is loud.  1/3 is a compromise: our small models learn a little more with 1/2,
+# a pretrained Llama with 1/4.  s = 1/2 and long rows of A in return, lest Adam's steps of A, of one
+# length, soon wash its start out.  G is fixed, and A G is an ordinary LoRA's A.  Departures: quiet,
+# not loud, for it measured better; the released code gates by the batch, which merging loses.
+SCALE = 1 / 2
+def whitening(CP, P, power, damping=0.1, k=64):
+    """C P (in, q) of part 1 -> loud (k, in), C's k loudest directions, orthonormal, and gains
+    (k + 1,): of each, and of all the others, which count as their mean."""
+    CP, P = (t.double().cpu() for t in (CP, P))  # the inverse needs the digits
+    Q, R = torch.linalg.qr(CP)  # C = Q core Q^T
+    core = R @ torch.linalg.pinv(P.T @ CP, rtol=1e-6, hermitian=True) @ R.T
+    values, U = (t[..., -k:] for t in torch.linalg.eigh(core))
+    rest = (len(P) - values.sum()).clamp_min(0) / max(len(P) - len(values), 1)
+    return (Q @ U).T, (torch.cat([values, rest[None]]).clamp_min(0) + damping) ** -power
 
-TENSORS, INITS = ("lora_A", "lora_B", "start_A", "start_B"), ("svd_A", "svd", "random")
+def amplified(rows, loud, gains):
+    """rows (r, in) times G = g I + loud^T diag(gains - g) loud, with g the last of the gains."""
+    with torch.autocast(rows.device.type, enabled=False):  # what is left of loud needs precision
+        return gains[-1] * rows + rows @ loud.T * (gains[:-1] - gains[-1]) @ loud
+
+TENSORS = "lora_A", "lora_B", "loud", "gains", "start_A", "start_B"
+INITS = "svd_A", "svd", "random"
 class AiraLinear(nn.Module):
-    """A frozen linear layer and its low-rank difference, y = base(x) + s B A x.
-    base              nn.Linear or Conv1D; its weight is never touched
+    """A frozen linear layer and its low-rank difference, y = base(x) + s B A G x.
     lora_A, lora_B    A (r, in), B (out, r): trained, in float32 or wider, for steps are small
-    start_A, start_B  only for init="svd": A0, B0 of part 2, fixed; A and B start at zero, and
-                      y = base(x) + s (B0 + B) (A0 + A) x - s B0 A0 x
+    loud, gains       G's parts, fixed
+    start_A, start_B  only for init="svd", where G = I: A0, B0 of part 2, fixed; A and B start at
+                      zero, and y = base(x) + s (B0 + B) (A0 + A) x - s B0 A0 x
     The output starts as the base's, bit for bit.  (Departure: the released code jumps.)"""
-    def __init__(self, base, lora_A, lora_B, start_A=None, start_B=None):
+    def __init__(self, base, tensors):
         super().__init__()
         self.base, (self.out_features, self.in_features) = base, out_in(base).shape
-        self.scale = 1 / (A_SIZE * math.sqrt(self.in_features))
         like = base.weight.new_empty(0, dtype=torch.promote_types(base.weight.dtype, torch.float32))
-        for name, t in zip(TENSORS, (lora_A, lora_B, start_A, start_B)):
-            t = t if t is None else t.detach().to(like).clone(memory_format=torch.contiguous_format)
+        for name in TENSORS:
+            t = tensors.get(name)
+            if t is not None: t = t.detach().to(like).clone(memory_format=torch.contiguous_format)
             if name.startswith("lora"): self.register_parameter(name, nn.Parameter(t))
             else: self.register_buffer(name, t)  # which model.requires_grad_(True) leaves fixed
         self.train(base.training)
-
     def factors(self):
-        """LoRA's s B (out, r), A (r, in) of dW; init="svd": s [B0 + B | B], [A ; A0], rank 2 r."""
-        if self.start_A is None: return self.scale * self.lora_B, self.lora_A
-        B, A = [self.start_B + self.lora_B, self.lora_B], [self.lora_A, self.start_A]
-        return self.scale * torch.cat(B, 1), torch.cat(A)
-
+        """LoRA's s B (out, r), A G (r, in); init="svd": s [B0 + B | B], [A ; A0], of rank 2 r."""
+        B, A = self.lora_B, amplified(self.lora_A, self.loud, self.gains)
+        if self.start_A is not None:
+            B, A = torch.cat([self.start_B + B, B], 1), torch.cat([A, self.start_A])
+        return SCALE * B, A
     def forward(self, input):
         B, A = (t.to(input.dtype) for t in self.factors())  # B A, (out, in), is never formed here
         return self.base(input) + F.linear(F.linear(input, A), B)
-
     @property
     def weight(self):
         """W + dW, summed in float32 or wider; nn.TransformerEncoderLayer in eval mode reads it."""
         B, A = self.factors()
-        with torch.autocast(B.device.type, enabled=False):
-            delta = (B @ A).T if is_conv1d(self.base) else B @ A
-            return (self.base.weight.to(delta.dtype) + delta).to(self.base.weight.dtype)
+        with torch.autocast(B.device.type, enabled=False): delta = B @ A
+        delta = delta.T if is_conv1d(self.base) else delta
+        return (self.base.weight.to(delta.dtype) + delta).to(self.base.weight.dtype)
     bias = property(lambda self: self.base.bias)
 
+def inside(name, modules):
+    return any(f"{name}.".startswith(f"{module}.") for module in modules)
 def is_conv1d(m):  # Hugging Face's, in GPT-2: a linear layer that stores its weight as (in, out)
     return type(m).__name__ == "Conv1D" and hasattr(m, "nf")
 def is_linear(m):  # but no subclass, which may do anything
@@ -205,12 +205,15 @@ def plain(w):
 def out_in(layer):
     return layer.weight.detach().T if is_conv1d(layer) else layer.weight.detach()
 
-def start(W, sample, rank, init, power):
-    """The tensors of a new AiraLinear: lora_A, lora_B, and for init="svd" start_A, start_B."""
-    (B, A), size = outlier_weighted_svd(W, sample.rms, rank), A_SIZE * W.shape[1] ** 0.5  # = 1 / s
-    if init == "svd": return 0 * A, 0 * B, size ** 0.5 * A, size ** 0.5 * B
-    V = A * sample.rms if init == "svd_A" and W.any() else torch.randn_like(A)  # zeros have no V
-    return size * amplified(F.normalize(V), sample.x.to(V), power), 0 * B
+def start(W, heard, rank, init, power):
+    """The tensors of a new AiraLinear, {name: tensor}."""
+    with torch.autocast(W.device.type, enabled=False):
+        loud, gains = whitening(heard.CP, heard.P, 0 if init == "svd" else power)
+        B, A = outlier_weighted_svd(W, heard.rms, rank)
+    V = torch.randn_like(A) if init == "random" or not W.any() else A * heard.rms  # zeros have none
+    new = {"lora_A": F.normalize(V) / SCALE, "lora_B": 0 * B, "loud": loud, "gains": gains}
+    if init == "svd": new.update(lora_A=0 * A, start_A=A / SCALE**0.5, start_B=B / SCALE**0.5)
+    return new
 
 # ---- 5. apply_aira -------------------------------------------------------------------------------
 Row = namedtuple("Row", "name shape tokens importance rank parameters")  # a layer; (out, in)
@@ -225,9 +228,6 @@ class Report(namedtuple("Report", "rows budget skipped unreached")):
             f"skipped {name}: {why}" for name, why in self.skipped.items()] + [
             f"{spent:,} trained, {spent / self.budget:.1%} of the budget; no adapter reaches "
             f"{self.unreached:.1%} of the model's parameters"])
-
-def inside(name, modules):
-    return any(f"{name}.".startswith(f"{module}.") for module in modules)
 
 def find(model, targets, exclude, also_train):
     """-> {name: layer} to adapt, {name: why not} of other linear layers."""
@@ -252,10 +252,10 @@ def find(model, targets, exclude, also_train):
     return layers, skipped
 
 def listen(model, layers, run):
-    """Run the user's batches, in eval mode and without gradients -> {name: Sample}."""
-    samples = {name: Sample(out_in(m)) for name, m in layers.items()}
+    """Run the user's batches, in eval mode and without gradients -> {name: Listener}."""
+    heard = {name: Listener(out_in(m)) for name, m in layers.items()}
     modes = [(m, m.training) for m in model.modules()]
-    hooks = [m.register_forward_hook(samples[n].hook, with_kwargs=True) for n, m in layers.items()]
+    hooks = [m.register_forward_hook(heard[n].hook, with_kwargs=True) for n, m in layers.items()]
     try:
         with torch.no_grad(), torch.random.fork_rng(range(torch.cuda.device_count())):
             model.eval()
@@ -263,13 +263,12 @@ def listen(model, layers, run):
     finally:
         for hook in hooks: hook.remove()
         for m, mode in modes: m.training = mode
-    return {name: sample.finish(name) for name, sample in samples.items()}
+    return {name: one.finish(name) for name, one in heard.items()}
 
 def apply_aira(model, calibrate=None, *, rank=8, targets=None, exclude=(), also_train=(),
                init="svd_A", importance=outlier_mass, allocate=greedy_ranks, max_rank=None,
-               amplify=0.5):
+               amplify=1 / 3):
     """Put adapters into `model` in place, freeze all else -> a Report, which prints.
-
     calibrate   callable without arguments that runs the model on a few thousand typical tokens;
                 None: all channels and directions count as equally loud, and a warning says so
     rank        the budget is what LoRA of this rank trains, sum_l (in + out)_l rank
@@ -279,34 +278,33 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, exclude=(), also_
     init        "svd_A": A from the weighted SVD, B zero; "svd": both, no G; "random": neither
     importance  function (weight, rms) -> theta >= 0; lambda W, rms: sum(W.shape) for equal ranks
     allocate    greedy_ranks or knapsack_ranks;  max_rank: of a layer, None: 2 rank;  amplify: p
-
     Before the optimizer; in every process.  For bad input ValueError, and the model as it was."""
     targets, exclude, also_train = ([x] if isinstance(x, str) else x and list(x)
                                     for x in (targets, exclude, also_train))
     most = 2 * rank if max_rank is None else max_rank
-    need(all(isinstance(r, (int, np.integer)) and r >= 1 for r in (rank, most)) and init in INITS
-         and abs(amplify) <= 1 and (calibrate is None or callable(calibrate)), f"{rank=}, "
-         f"{max_rank=}: whole, >= 1; {init=}: {INITS}; {amplify=}: -1 .. 1; {calibrate=}: a lambda")
+    need(all(isinstance(r, (int, np.integer)) and r >= 1 for r in (rank, most)),
+         f"{rank=}, {max_rank=}: whole numbers >= 1")
+    need(init in INITS and abs(amplify) <= 1 and (calibrate is None or callable(calibrate)),
+         f"{init=}: one of {INITS}; {amplify=}: -1 .. 1; {calibrate=}: a function, as a lambda")
     need(not any("_aira" in vars(m) or hasattr(m, "peft_config") for m in model.modules()),
          "the model has adapters: remove_aira, merge_aira or PEFT's unload() first")
     layers, skipped = find(model, targets, exclude, also_train)
-    samples = listen(model, layers, calibrate or (lambda: None))
-    few = [name for name, sample in samples.items() if sample.tokens < rank]
-    unused = [name for name in few if calibrate and not samples[name].tokens]
+    heard = listen(model, layers, calibrate or (lambda: None))
+    few = [name for name, one in heard.items() if one.tokens < rank]
+    unused = [name for name in few if calibrate and not heard[name].tokens]
     need(not unused, f"calibrate never called {unused[:5]}: run (a generator does not) or exclude")
     weights = {name: out_in(m) for name, m in layers.items()}
     costs, sides = ([f(w.shape) for w in weights.values()] for f in (sum, min))
     if few or rank > max(sides):
         warnings.warn(f"{rank=}: no layer holds more than {max(sides)}, and {few[:5]} saw fewer "
                       "calibration tokens; without any, all channels count alike", stacklevel=2)
-    theta = [float(importance(w, samples[name].rms)) for name, w in weights.items()]
+    theta = [float(importance(w, heard[name].rms)) for name, w in weights.items()]
     ranks = allocate(theta, costs, rank * sum(costs), 1, [min(side, most) for side in sides])
-    rows = [Row(name, tuple(w.shape), samples[name].tokens, t, r, r * sum(w.shape))
-            for (name, w), t, r in zip(weights.items(), theta, ranks)]
-    state = {k: t for k, t in model.state_dict().items() if inside(k, also_train)}
-    for row in rows:
-        tensors = start(weights[row.name], samples[row.name], row.rank, init, amplify)
-        state.update(zip((f"{row.name}.{t}" for t in TENSORS), tensors))
+    rows, state = [], {k: t for k, t in model.state_dict().items() if inside(k, also_train)}
+    for (name, w), t, r in zip(weights.items(), theta, ranks):
+        rows.append(Row(name, tuple(w.shape), heard[name].tokens, t, r, r * sum(w.shape)))
+        new = start(w, heard[name], r, init, amplify)
+        state.update((f"{name}.{key}", tensor) for key, tensor in new.items())
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     missed = sum(n for name, n in sizes.items() if not inside(name, [*layers, *also_train]))
     load_aira(model, {**state, "aira.tensors": torch.tensor(len(state))})  # the first change
@@ -322,8 +320,10 @@ def load_aira(model, state):
     names = [k[:-7] for k in state if k.endswith(".lora_A") and is_linear(modules.get(k[:-7]))]
     for name in (name for name in names if plain(modules[name].weight)):
         (out, width), r = out_in(modules[name]).shape, len(state[f"{name}.lora_A"])
-        for t in TENSORS[:4 if f"{name}.start_A" in state else 2]:
-            want[f"{name}.{t}"] = torch.Size((r, width) if t.endswith("A") else (out, r))
+        k = len(state.get(f"{name}.loud", ()))
+        shapes = (r, width), (out, r), (k, width), (k + 1,), (r, width), (out, r)
+        for t, shape in zip(TENSORS[:6 if f"{name}.start_A" in state else 4], shapes):
+            want[f"{name}.{t}"] = torch.Size(shape)
     odd = [k for k in {**want, **state} if k not in state or state[k].shape != want.get(k)
            or not state[k].isfinite().all()]
     need(names and not odd and count == len(state) and not hasattr(model, "_aira"),
@@ -336,7 +336,7 @@ def load_aira(model, state):
     for name in also: modules[name].requires_grad_(True)
     for k in own.keys() & state.keys(): own[k].copy_(state[k])
     swap(model, {id(modules[name]): AiraLinear(
-        modules[name], *(state.get(f"{name}.{t}") for t in TENSORS)) for name in names})
+        modules[name], {t: state.get(f"{name}.{t}") for t in TENSORS}) for name in names})
 
 def swap(model, new):  # put new[id(module)] in the module's place, wherever it hangs
     for parent in list(model.modules()):

@@ -6,8 +6,8 @@ import copy, json, sys, warnings
 from pathlib import Path
 import pytest, torch, torch.nn as nn, torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from aira import (AiraLinear, aira_state_dict, apply_aira, load_aira, merge_aira, remove_aira,
-                  save_peft)
+from aira import (SCALE, TENSORS, AiraLinear, aira_state_dict, apply_aira, load_aira, merge_aira,
+                  remove_aira, save_peft)
 torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
@@ -142,7 +142,8 @@ def test_peft_adapts_these_layers_and_none_of_like_names(names, tmp_path):
     model, x = alike()
     base, state = copy.deepcopy(model), {"1.head.weight": torch.ones(6, 6), "1.head.bias": x[0]}
     for rank, name in enumerate(names, 1):  # load_aira takes exact names and any ranks
-        state |= {f"{name}.lora_A": torch.rand(rank, 6) / 9, f"{name}.lora_B": torch.rand(6, rank)}
+        tensors = torch.rand(rank, 6) / 9, torch.rand(6, rank), torch.eye(6)[:2], torch.rand(3)
+        state |= {f"{name}.{t}": tensor for t, tensor in zip(TENSORS, tensors)}
     load_aira(model, {**state, "aira.tensors": torch.tensor(len(state))})
     save_peft(model, tmp_path)
     there, expected = load_peft(base, tmp_path), model(x)
@@ -211,8 +212,12 @@ def test_half_precision_and_autocast_follow_float32(dtype, cast, init):
     adapters, exact = [m for m in half.modules() if isinstance(m, AiraLinear)], []
     for m in adapters:
         W, A, B = (t.detach().double() for t in (m.base.weight, m.lora_A, m.lora_B))
-        A0, B0 = (0 * A, 0 * B) if init == "svd_A" else (m.start_A.double(), m.start_B.double())
-        exact.append(W + 8 / m.in_features**0.5 * ((B0 + B) @ (A0 + A) - B0 @ A0))
+        A0, B0, G = 0 * A, 0 * B, torch.eye(m.in_features).double()
+        if init == "svd_A":
+            loud, gains = m.loud.double(), m.gains.double()
+            G = gains[-1] * G + loud.T * (gains[:-1] - gains[-1]) @ loud
+        else: A0, B0 = m.start_A.double(), m.start_B.double()
+        exact.append(W + SCALE * ((B0 + B) @ (A0 + A) - B0 @ A0) @ G)
     with torch.autocast("cpu", cast, enabled=cast is not None): merge_aira(half)
     for merged, weight in zip((m.base.weight for m in adapters), exact):  # only rounded, once
         rounding = (weight.to(dtype) - weight).abs().max()
@@ -256,15 +261,20 @@ def work(process, folder):  # one of two processes, on its half of the batch; re
     torch.save(found, f"{folder}/{process}.pt")
     dist.destroy_process_group()
 
+def comparable(state, key):  # singular vectors have no sign, and of equal values turn freely
+    t, gains = state[key], state.get(key.replace(".loud", ".gains"))
+    return t.T * (gains[:-1] - gains[-1]) @ t if key.endswith(".loud") else t.abs()
+
 def test_two_processes_equal_one_and_refuse_sharded_weights(tmp_path):
     pytest.importorskip("torch", "2.6")  # which brought fully_shard
     torch.multiprocessing.spawn(work, [str(tmp_path)], nprocs=2)
     for (_, init), one, two in zip(CASES, *(torch.load(tmp_path / f"{n}.pt") for n in (0, 1))):
         (model, batch), fresh = adapted("Denoiser", rank=3, init=init), build("Denoiser")[0]
         assert one[0] == two[0] and one[0][0][2] == 8 * 4  # tokens of "patch", of both processes
-        for key, tensor in aira_state_dict(model).items():  # of equal shapes, so of equal ranks
+        start = aira_state_dict(model)
+        for key in start:  # of equal shapes, so of equal ranks
             assert torch.equal(one[1][key], two[1][key]) and torch.equal(one[3][key], two[3][key])
-            close(one[1][key].abs(), tensor.abs(), 1e-4)  # singular vectors: but for their signs
+            close(comparable(one[1], key), comparable(start, key), 1e-4)
         close(((one[2] + two[2]) / 2).tolist(), tune(model, batch), 1e-4)
         assert one[2][-1] < one[2][0] and two[2][-1] < two[2][0]
         load_aira(fresh, one[3])
