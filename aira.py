@@ -7,7 +7,7 @@ zero, all layers have rank r.  AIRA first runs the model on a few batches and li
     1  activations  how loud each layer's input channels are, and in which directions
     2  start        A comes from an SVD of W, weighted by how loud its input channels are
     3  ranks        layers with more outliers get more of LoRA's parameter budget
-    4  updates      B A hears x with its loud directions turned down, which would drown the others
+    4  updates      loud directions would drown the others: B A hears x with them turned down
 For nn.Linear and Hugging Face's Conv1D, not quantised; before torch.compile, DDP, fully_shard.
 
 An independent re-implementation, from the abstract, the released code (github.com/lliai/LoRA-Zoo;
@@ -23,12 +23,12 @@ def need(ok, message):
     if not ok: raise ValueError(message)
 
 # ---- 1. Activations ------------------------------------------------------------------------------
-# Every vector x (in,) that enters a linear layer is a token.  Each counts alike, scaled to RMS 1,
-# lest a few, hundreds of times louder, be all that we hear:
-#     rms_j = sqrt(mean x_j^2) * typical loudness of a token: how loud channel j is         (in,)
-#     C = mean x x^T, second moments, of trace in: too large to keep                       (in, in)
+# Every vector x (in,) that enters a linear layer is a token.  Each is scaled to RMS 1 and counts
+# alike, lest a few, hundreds of times louder, be all that we hear.  Over the scaled tokens:
+#     rms_j = sqrt(mean x_j^2) * geometric mean of the tokens' RMS: channel j's loudness    (in,)
+#     C = mean x x^T, second moments, trace C = in: too large to keep                      (in, in)
 # So we keep C P, for few random orthonormal columns P (in, 80).  Up to rank 80 that is all of C,
-# C = (C P) (P^T C P)^-1 (C P)^T  (Nystrom); beyond, nearly its loudest directions.
+# C = (C P) (P^T C P)^+ (C P)^T  (Nystrom); beyond, a lower bound, good for what stands out.
 class Listener:
     """Sums over all tokens that one layer sees; silent ones add nothing."""
     def __init__(self, weight):
@@ -50,20 +50,21 @@ class Listener:
             dist.all_gather_object(parts, [torch.as_tensor(t).cpu() for t in self.sums])
             self.sums = [sum(part) for part in zip(*parts)]
         self.tokens, (log, square, CP) = int(self.sums[0]), (t.to(self.P) for t in self.sums[1:])
-        need(CP.isfinite().all(), f"layer {name!r} saw NaN or inf: check batches and weights")
-        n = square.sum() / len(square)  # tokens: each that is not silent adds in
+        need((CP.sum() + log).isfinite(), f"layer {name!r} saw NaN or inf: check batches, weights")
+        n = square.sum() / len(square)  # tokens that are not silent: the squares of each sum to in
         self.CP, self.rms = CP / n, (square / n).sqrt() * (log / n).exp()
-        if not n: self.CP, self.rms = self.P, square + 1  # silence: C = I, all channels alike
+        if not n: self.CP, self.rms = self.P, torch.ones_like(square)  # silence: C = I, all alike
         return self
 
 # ---- 2. Outlier-weighted SVD ---------------------------------------------------------------------
 # Abstract: an outlier-weighted decomposition starts the factors.  A plain SVD keeps the most of W
-# as if all channels counted alike.  With S = diag(rms) we keep the most of what W does to x:
-#     minimise ||(W - B A) S||_F   =>   W S = U diag(s) V^T  (SVD),
-#                                       B = U_r diag(s_r)^.5 ,   A = diag(s_r)^.5 V_r^T S^-1
+# as if all channels counted alike.  With S = diag(rms) each counts as loud as it is:
+#     minimise ||(W - B A) S||_F   =>   W S = U diag(sigma) V^T  (SVD),
+#                                       B = U_r diag(sigma_r)^.5 ,  A = diag(sigma_r)^.5 V_r^T S^-1
+# init="svd" starts from both.  By default A starts from V_r alone, and B is zero, as in LoRA.
 def outlier_weighted_svd(weight, channel_rms, rank):
     """The best rank-r factors in the norm of the inputs (Eckart-Young): weight W (out, in),
-    channel_rms (in,), at least 1e-4 of its mean -> B (out, rank), A (rank, in), float32 or wider.
+    channel_rms (in,), raised to 1e-4 of its mean -> B (out, rank), A (rank, in), >= float32.
     Departure: the released code decomposes W itself, and takes V for V^T."""
     need(1 <= rank <= min(weight.shape) and channel_rms.shape == weight.shape[1:], f"{rank=} or "
          f"channel_rms {(*channel_rms.shape,)} for {(*weight.shape,)}: 1 .. {min(weight.shape)}")
@@ -73,15 +74,14 @@ def outlier_weighted_svd(weight, channel_rms, rank):
     with torch.random.fork_rng(range(torch.cuda.device_count())):  # the caller's state stays
         torch.manual_seed(0)
         U, s, V = torch.svd_lowrank(WS, min(rank + 16, *WS.shape), niter=5)  # nearly exact
-    root = s[:rank].sqrt().clamp_min(1e-4 * s[0].sqrt() + 1e-30)  # so no row of A is zero
+    root = s[:rank].sqrt().clamp_min(1e-4 * s[0].sqrt() + 1e-30)  # if 0, A has a row
     return U[:, :rank] * (s[:rank] / root), root[:, None] * V.T[:rank] / rms
 
 # ---- 3. Ranks ------------------------------------------------------------------------------------
 # Abstract: an offline optimisation assigns the ranks.  A unit of rank trains cost_l = in + out
 # numbers in layer l, and each further one adds less.  With theta_l the importance of the layer,
 #     maximise sum_l theta_l log r_l   subject to   sum_l cost_l r_l <= budget ,  1 <= r_l <= max_l
-# in integers: ranks follow theta_l / cost_l.  (Departure: the released code truncates, and wastes
-# budget.)  The significance of a weight is |W_ij| rms_j, what it brings to an output (OWL).
+# in integers: r_l ~ theta_l / cost_l.  A weight brings |W_ij| rms_j to an output: OWL's outliers.
 def outlier_mass(weight, channel_rms, threshold=2.0):
     """The default theta: the sum of |W_ij| rms_j over outliers, those above threshold * mean."""
     significance = weight.detach().float().abs() * channel_rms.float()
@@ -95,11 +95,11 @@ def least_ranks(importance, costs, budget, min_rank, max_ranks):
          f"{importance=}, {costs=}, {min_rank=}, {max_ranks=}")
     left = budget - int(np.dot(costs, ranks))
     need(left >= 0, f"{budget=} is too small: {min_rank=} takes {budget - left}")
-    # a layer of no importance grows last; if there is no other, all are alike
+    # relative to the largest; layers of no importance grow last, or alike if none has any
     return ranks, np.maximum(theta / (theta.max() or 1), 1e-9).tolist(), left
 
 def greedy_ranks(importance, costs, budget, min_rank, max_ranks):
-    """Buy units of rank one by one, by theta log((r + 1) / r) / cost, while they fit -> [int].
+    """Buy units of rank one by one, by theta log((r + 1) / r) / cost, each if it fits -> [int].
     importance, costs, max_ranks: a number for each layer.  Optimal where all costs are equal."""
     ranks, theta, left = least_ranks(importance, costs, budget, min_rank, max_ranks)
     for _, l in sorted((-theta[l] * math.log1p(1 / r) / costs[l], l)
@@ -134,16 +134,15 @@ def knapsack_ranks(importance, costs, budget, min_rank, max_ranks):
 # ---- 4. Amplified updates ------------------------------------------------------------------------
 # Abstract: amplify the updates of significant weights.  Multiplying a gradient by a constant would
 # be a placebo: Adam divides it out again.  So we change what the adapter hears, G x for x:
-#     y = W x + s B A G x ,    G = (C + damping I)^-p ,    A = V_r^T / s  of part 2 ,    B = 0
-# Where C is loud G is small, so quiet directions are turned up, and in a step of A (SGD's) twice:
-# it moves W by  -rate s^2 B B^T grad G^2.  `amplify` is p: with 1/2, G x is white, with 0 it is x,
-# p < 0 turns up what is loud.  1/3 is a compromise: our small models learn a little more with 1/2,
-# a pretrained Llama with 1/4.  s = 1/2 and long rows of A in return, lest Adam's steps of A, of one
-# length, soon wash its start out.  G is fixed, and A G is an ordinary LoRA's A.  Departures: quiet,
-# not loud, for it measured better; the released code gates by the batch, which merging loses.
+#     y = W x + s B A G x ,   G = (C + damping I)^-p ,   A = V_r^T / s ,   B = 0 ,   s = 1/2
+# Where C is loud G is small, so quiet directions are turned up (departure: not the loud ones; it
+# measured better), and by SGD twice: a step of A moves W by  -rate s^2 B B^T grad G^2, one of B by
+# -rate s^2 grad G A^T A G.  `amplify` is p: at 1/2, G x is nearly white, at 0 it is x, p < 0 turns
+# up what is loud.  1/3 is a compromise: our small models learn a little more with 1/2, a pretrained
+# Llama with 1/4.  s makes A's rows long: Adam's steps have one length, and turn long rows less.
 SCALE = 1 / 2
 def whitening(CP, P, power, damping=0.1, k=64):
-    """C P (in, q) of part 1 -> loud (k, in), C's k loudest directions, orthonormal, and gains
+    """Part 1's C P (in, q) -> loud (k, in), orthonormal, about C's k loudest directions, and gains
     (k + 1,): of each, and of all the others, which count as their mean."""
     CP, P = (t.double().cpu() for t in (CP, P))  # the inverse needs the digits
     Q, R = torch.linalg.qr(CP)  # C = Q core Q^T
@@ -153,7 +152,7 @@ def whitening(CP, P, power, damping=0.1, k=64):
     return (Q @ U).T, (torch.cat([values, rest[None]]).clamp_min(0) + damping) ** -power
 
 def amplified(rows, loud, gains):
-    """rows (r, in) times G = g I + loud^T diag(gains - g) loud, with g the last of the gains."""
+    """rows (r, in) times G = g I + loud^T diag(gains[:-1] - g) loud,  g = gains[-1]."""
     with torch.autocast(rows.device.type, enabled=False):  # what is left of loud needs precision
         return gains[-1] * rows + rows @ loud.T * (gains[:-1] - gains[-1]) @ loud
 
@@ -163,8 +162,8 @@ class AiraLinear(nn.Module):
     """A frozen linear layer and its low-rank difference, y = base(x) + s B A G x.
     lora_A, lora_B    A (r, in), B (out, r): trained, in float32 or wider, for steps are small
     loud, gains       G's parts, fixed
-    start_A, start_B  only for init="svd", where G = I: A0, B0 of part 2, fixed; A and B start at
-                      zero, and y = base(x) + s (B0 + B) (A0 + A) x - s B0 A0 x
+    start_A, start_B  only for init="svd", where G = I: A0, B0, part 2's / sqrt(s), fixed; A and B
+                      start at zero, and y = base(x) + s (B0 + B) (A0 + A) x - s B0 A0 x
     The output starts as the base's, bit for bit.  (Departure: the released code jumps.)"""
     def __init__(self, base, tensors):
         super().__init__()
@@ -210,7 +209,8 @@ def start(W, heard, rank, init, power):
     with torch.autocast(W.device.type, enabled=False):
         loud, gains = whitening(heard.CP, heard.P, 0 if init == "svd" else power)
         B, A = outlier_weighted_svd(W, heard.rms, rank)
-    V = torch.randn_like(A) if init == "random" or not W.any() else A * heard.rms  # zeros have none
+    V = A * heard.rms.clamp_min(1e-4 * heard.rms.mean())  # V_r^T, but for its rows' lengths
+    if init == "random" or not W.any(): V = torch.randn_like(A)  # W = 0 has none
     new = {"lora_A": F.normalize(V) / SCALE, "lora_B": 0 * B, "loud": loud, "gains": gains}
     if init == "svd": new.update(lora_A=0 * A, start_A=A / SCALE**0.5, start_B=B / SCALE**0.5)
     return new
@@ -275,7 +275,7 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, exclude=(), also_
     targets     names of layers or their endings, as "q_proj"; None: all linear layers but the
                 output head and tied ones.  exclude: names or endings to leave out
     also_train  names of modules to train in full and save along, as a new head
-    init        "svd_A": A from the weighted SVD, B zero; "svd": both, no G; "random": neither
+    init        "svd_A": A from the weighted SVD, B zero; "svd": both, no G; "random": A random
     importance  function (weight, rms) -> theta >= 0; lambda W, rms: sum(W.shape) for equal ranks
     allocate    greedy_ranks or knapsack_ranks;  max_rank: of a layer, None: 2 rank;  amplify: p
     Before the optimizer; in every process.  For bad input ValueError, and the model as it was."""

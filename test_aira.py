@@ -440,8 +440,7 @@ def test_targets_exclude_heads_and_tied_weights():
         model, x = nn.Sequential(Net(), nn.Linear(3, 3), nn.Linear(3, 3), nn.Embedding(3, 3)), X
         model.forward = lambda x: model[2](model[1](model[0](x)))
         model.get_output_embeddings = lambda: model[2]
-        if tied:
-            model[1].weight = model[3].weight
+        if tied: model[1].weight = model[3].weight
         report = apply_aira(model, lambda: model(x), rank=2, **options)
         return [row.name for row in report.rows], report.skipped
 
@@ -452,8 +451,7 @@ def test_targets_exclude_heads_and_tied_weights():
     assert apply(exclude=("down", "0.head", "1"))[0] == ["0.up", "0.mix", "0.shared"]
     assert apply(tied=True) == (body, {"1": "tied", "2": "output head"})
     for targets in ("1", ["up", "p"]):  # tied; the end of a word is not the end of a name
-        with pytest.raises(ValueError, match="0.up"):
-            apply(tied=True, targets=targets)
+        with pytest.raises(ValueError, match="0.up"): apply(tied=True, targets=targets)
 
 def test_what_reads_a_weight_and_calls_no_layer_finds_the_adapted_one():
     """nn.TransformerEncoderLayer in eval mode: an adapter with forward alone would be ignored."""
@@ -471,7 +469,7 @@ def test_what_reads_a_weight_and_calls_no_layer_finds_the_adapted_one():
 def test_thin_calibration_is_warned_of_starts_at_the_base_and_trains(case, dtype):
     x, live = torch.randn(64, 40), torch.randn(64, 40).to(dtype)
     x = {"one token": x[:1], "it again": x[:1].repeat(20000, 1), "dead layer": 0 * x,
-         "dead channels": x * (torch.arange(40) > 9), "none": x}[case].to(dtype)
+         "dead channels": x * (torch.arange(40) > 37), "none": x}[case].to(dtype)
     for init in INITS:
         model = nn.Sequential(nn.Linear(40, 40)).to(dtype)
         before, run = model(live), None if case == "none" else lambda: model(x)
@@ -481,6 +479,7 @@ def test_thin_calibration_is_warned_of_starts_at_the_base_and_trains(case, dtype
         assert bits(model(live)) == bits(before)
         warned = any("fewer calibration tokens" in str(w.message) for w in caught)
         assert warned == (case in ("one token", "none"))
+        assert init == "svd" or torch.linalg.svdvals(model[0].lora_A)[-1] > 0.5  # none is idle
         after = fit(model, live, 3)(live).detach()
         assert far(after, before) and after.abs().max() < 100  # also no NaN and no inf
     with pytest.warns(UserWarning, match="rank=50: no layer holds more than 40,"):
@@ -520,6 +519,7 @@ BAD = [  # arguments, what was done to the model before, and the words that the 
     ({}, lambda m: setattr(m, "peft_config", {}), "PEFT unload()"), ({}, put(INF), "'down' inf"),
     ({}, lambda m: setattr(m, "forward", lambda x: m.up(NAN)), "'up' NaN"),
     ({}, lambda m: setattr(m, "forward", lambda x: m.up(INF)), "'up' inf"),
+    ({}, lambda m: setattr(m, "forward", lambda x: m.up(1e30 * x)), "'up' inf"),
     ({}, put(NAN), "'down' NaN"), ({}, put(torch.ones(1, 2, dtype=torch.int8)), "int8 quantised"),
     ({}, put(torch.ones(10, 24, device="meta")), "'down' meta"),
     ({}, lambda m: nn.utils.weight_norm(m.down), "'down' parametrised"),
