@@ -14,9 +14,7 @@ An independent re-implementation, from the abstract, the released code (github.c
 a "Departure" says where and why we differ) and: LoRA, arXiv 2106.09685; outliers, OWL, 2310.05175;
 activation-weighted SVD, ASVD, 2312.05821; moments from a sketch, Nystrom, 1706.05736.
 """
-import json, math, re, warnings
-from collections import Counter, namedtuple
-from pathlib import Path
+import collections, json, math, pathlib, re, warnings
 import numpy as np, torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F
 
 def need(ok, message):
@@ -32,12 +30,12 @@ def need(ok, message):
 class Listener:
     """Sums over all tokens that one layer sees; silent ones add nothing."""
     def __init__(self, weight):
-        width, generator = weight.shape[1], torch.Generator().manual_seed(0)
-        P = torch.randn(width, min(width, 80), generator=generator, device="cpu")
+        width, seeded = weight.shape[1], torch.Generator().manual_seed(0)
+        P = torch.randn(width, min(width, 80), generator=seeded, device="cpu", dtype=torch.float32)
         self.P = torch.linalg.qr(P)[0].to(weight.device)
         self.sums = 0, self.P.new_zeros(()), self.P.new_zeros(width), 0 * self.P
     def hook(self, layer, args, kwargs, y):
-        x = (args[0] if args else kwargs["input"]).detach().reshape(-1, len(self.P)).to(self.P)
+        x = (args or [*kwargs.values()])[0].detach().reshape(-1, len(self.P)).to(self.P)
         loud = x.square().mean(1, keepdim=True).sqrt()
         x = x / (loud + (loud == 0))
         with torch.autocast(x.device.type, enabled=False): CP = x.T @ (x @ self.P)
@@ -108,10 +106,9 @@ def greedy_ranks(importance, costs, budget, min_rank, max_ranks):
     return ranks
 
 def knapsack_ranks(importance, costs, budget, min_rank, max_ranks):
-    """The exact optimum, by dynamic programming; arguments and errors as for greedy_ranks.
+    """The optimum, by dynamic programming; exact if the costs' gcd >= 2^-18 of what is left.
     Layers of one cost form a class: its best n units have the largest gains, together value[n].
-    Class by class, best[b], the most that b buys, is max_n value[n] + before[b - n cost].  b's unit
-    is the costs' common divisor (if b passes 2^18, a larger one: costs round up, not exact)."""
+    Class by class, best[b], the most that b coins buy, is max_n value[n] + before[b - n price]."""
     ranks, theta, left = least_ranks(importance, costs, budget, min_rank, max_ranks)
     coin, classes = max(math.gcd(*costs), left >> 18), []
     best = np.zeros(left // coin + 1)
@@ -144,17 +141,18 @@ SCALE = 1 / 2
 def whitening(CP, P, power, damping=0.1, k=64):
     """Part 1's C P (in, q) -> loud (k, in), orthonormal, about C's k loudest directions, and gains
     (k + 1,): of each, and of all the others, which count as their mean."""
-    CP, P = (t.double().cpu() for t in (CP, P))  # the inverse needs the digits
+    CP, P = (t.cpu().double() for t in (CP, P))  # the inverse needs the digits
     Q, R = torch.linalg.qr(CP)  # C = Q core Q^T
     core = R @ torch.linalg.pinv(P.T @ CP, rtol=1e-6, hermitian=True) @ R.T
     values, U = (t[..., -k:] for t in torch.linalg.eigh(core))
     rest = (len(P) - values.sum()).clamp_min(0) / max(len(P) - len(values), 1)
     return (Q @ U).T, (torch.cat([values, rest[None]]).clamp_min(0) + damping) ** -power
 
-def amplified(rows, loud, gains):
-    """rows (r, in) times G = g I + loud^T diag(gains[:-1] - g) loud,  g = gains[-1]."""
-    with torch.autocast(rows.device.type, enabled=False):  # what is left of loud needs precision
-        return gains[-1] * rows + rows @ loud.T * (gains[:-1] - gains[-1]) @ loud
+def amplified(A, loud, gains):
+    """A (r, in) times G = g I + loud^T diag(gains[:-1] - g) loud,  g = gains[-1]."""
+    R, loud, gains = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (A, loud, gains))
+    with torch.autocast(A.device.type, enabled=False):  # what is left of loud needs the digits
+        return (gains[-1] * R + R @ loud.T * (gains[:-1] - gains[-1]) @ loud).to(A.dtype)
 
 TENSORS = "lora_A", "lora_B", "loud", "gains", "start_A", "start_B"
 INITS = "svd_A", "svd", "random"
@@ -216,8 +214,8 @@ def start(W, heard, rank, init, power):
     return new
 
 # ---- 5. apply_aira -------------------------------------------------------------------------------
-Row = namedtuple("Row", "name shape tokens importance rank parameters")  # a layer; (out, in)
-class Report(namedtuple("Report", "rows budget skipped unreached")):
+Row = collections.namedtuple("Row", "name shape tokens importance rank parameters")  # (out, in)
+class Report(collections.namedtuple("Report", "rows budget skipped unreached")):
     """What apply_aira did, as a table; skipped: {layer: why}, unreached: share of the model."""
     def __str__(self):
         w, spent = max(len(r.name) for r in self.rows), sum(r.parameters for r in self.rows)
@@ -233,12 +231,13 @@ def find(model, targets, exclude, also_train):
     """-> {name: layer} to adapt, {name: why not} of other linear layers."""
     def named(name, ends): return any(f".{name}".endswith(f".{end}") for end in ends)
     modules, layers, skipped = dict(list(model.named_modules())[1:]), {}, {}  # without the root
-    owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    owners = collections.Counter(id(p) for m in model.modules() for p in m.parameters(False))
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     linear = {name: m for name, m in modules.items() if is_linear(m)}
+    full = {id(m) for name in also_train if name in modules for m in modules[name].modules()}
     for name, m in linear.items():
         if not named(name, exclude) and (targets is None or named(name, targets)):
-            w, why = m.weight, ("in also_train" if inside(name, also_train) else
+            w, why = m.weight, ("in also_train" if id(m) in full else
                                 "tied" if owners[id(m.weight)] > 1 else
                                 "output head" if m is head and targets is None else "")
             need(why or plain(w) and w.is_floating_point() and w.isfinite().all(), "mend or "
@@ -301,7 +300,7 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, exclude=(), also_
     theta = [float(importance(w, heard[name].rms)) for name, w in weights.items()]
     ranks = allocate(theta, costs, rank * sum(costs), 1, [min(side, most) for side in sides])
     rows, state = [], {k: t for k, t in model.state_dict().items() if inside(k, also_train)}
-    for (name, w), t, r in zip(weights.items(), theta, ranks):
+    for (name, w), t, r in zip(weights.items(), theta, ranks, strict=True):
         rows.append(Row(name, tuple(w.shape), heard[name].tokens, t, r, r * sum(w.shape)))
         new = start(w, heard[name], r, init, amplify)
         state.update((f"{name}.{key}", tensor) for key, tensor in new.items())
@@ -315,7 +314,8 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, exclude=(), also_
 def load_aira(model, state):
     """Put an aira_state_dict on the base model, to use it or to train on.  Ranks are the tensors'
     shapes; nothing is decomposed.  ValueError, and nothing changed, for what does not fit."""
-    own, modules, state = model.state_dict(), dict(model.named_modules()), dict(state)
+    own, state = model.state_dict(), dict(state)
+    modules = dict(model.named_modules(remove_duplicate=False))
     count, want = int(state.pop("aira.tensors", -1)), {k: own[k].shape for k in state if k in own}
     names = [k[:-7] for k in state if k.endswith(".lora_A") and is_linear(modules.get(k[:-7]))]
     for name in (name for name in names if plain(modules[name].weight)):
@@ -361,8 +361,8 @@ def remove_aira(model, restore=True):
     model, adapters = adapted(model)
     model.load_state_dict(model._aira["before"] if restore else {}, strict=False)
     swap(model, {id(m): m.base for m in adapters.values()})
-    for name, p in model.named_parameters(): p.requires_grad_(model._aira["trained"][name])
-    del model._aira
+    trained = vars(model).pop("_aira")["trained"]
+    for name, p in model.named_parameters(): p.requires_grad_(trained.get(name, p.requires_grad))
 
 @torch.no_grad()
 def merge_aira(model):
@@ -394,7 +394,7 @@ def save_peft(model, directory):
         "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", None),
         "task_type": "CAUSAL_LM" if kind.endswith(("ForCausalLM", "LMHeadModel")) else
         "SEQ_CLS" if "SequenceClass" in kind and {"classifier", "score"} & {*also} else None}
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    Path(directory, "adapter_config.json").write_text(json.dumps(settings, indent=2))
+    pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
+    pathlib.Path(directory, "adapter_config.json").write_text(json.dumps(settings, indent=2))
     torch.save({f"base_model.model.{k}": t.detach().cpu().contiguous() for k, t in tensors.items()},
-               Path(directory, "adapter_model.bin"))
+               pathlib.Path(directory, "adapter_model.bin"))

@@ -279,3 +279,26 @@ def test_two_processes_equal_one_and_refuse_sharded_weights(tmp_path):
         assert one[2][-1] < one[2][0] and two[2][-1] < two[2][0]
         load_aira(fresh, one[3])
         close(answer(fresh, batch), answer(model, batch), 1e-3)
+
+def test_parameters_alone_in_half_as_in_fsdp_mixed_precision():
+    x, model = torch.randn(64, 32), nn.Sequential(nn.Linear(32, 32))
+    x[:, 5] += 50  # what is left of it in G x is a small difference of large numbers
+    apply_aira(model, lambda: model(x), rank=2)
+    nn.init.normal_(model[0].lora_B)
+    exact, half = model(x) - model[0].base(x), copy.deepcopy(model)
+    for p in half.parameters(): p.data = p.data.bfloat16()
+    B, A = half[0].factors()
+    close(x @ A.float().T @ B.float().T, exact, 0.03 * exact.abs().max())
+    assert half(x.bfloat16()).dtype == torch.bfloat16
+
+def test_a_module_that_is_shared_with_also_train_and_a_head_that_came_later():
+    model = nn.ModuleDict({"y": nn.Linear(4, 4), "fc": nn.Linear(4, 4), "block": nn.ModuleList()})
+    model["block"].append(model["y"])
+    model.forward, x = lambda x: model["y"](model["fc"](x)), torch.randn(9, 4)
+    base = copy.deepcopy(model.state_dict())
+    report = apply_aira(model, lambda: model(x), rank=1, also_train="block")
+    assert [row.name for row in report.rows] == ["fc"] and report.skipped == {"y": "in also_train"}
+    model["head"] = nn.Linear(4, 2)
+    nn.init.zeros_(model["y"].weight)
+    remove_aira(model)
+    assert all(torch.equal(model.state_dict()[key], t) for key, t in base.items())
