@@ -288,7 +288,8 @@ def test_parameters_alone_in_half_as_in_fsdp_mixed_precision():
     exact, half = model(x) - model[0].base(x), copy.deepcopy(model)
     for p in half.parameters(): p.data = p.data.bfloat16()
     B, A = half[0].factors()
-    close(x @ A.float().T @ B.float().T, exact, 0.03 * exact.abs().max())
+    error = (x @ A.float().T @ B.float().T - exact).abs().max()
+    assert error < 0.01 * exact.abs().max()
     assert half(x.bfloat16()).dtype == torch.bfloat16
 
 def test_a_module_that_is_shared_with_also_train_and_a_head_that_came_later():
