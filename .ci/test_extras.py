@@ -303,3 +303,13 @@ def test_a_module_that_is_shared_with_also_train_and_a_head_that_came_later():
     nn.init.zeros_(model["y"].weight)
     remove_aira(model)
     assert all(torch.equal(model.state_dict()[key], t) for key, t in base.items())
+
+def test_ranks_of_wrong_number_and_a_default_dtype_of_half():
+    x, base = torch.randn(64, 8), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    for ranks in ([1], [1, 1, 1]):
+        with pytest.raises(ValueError, match="zip"):
+            apply_aira(base, lambda: base(x), rank=2, allocate=lambda *problem: ranks)
+    torch.set_default_dtype(torch.bfloat16)
+    try: rows = apply_aira(base, lambda: base(x), rank=2).rows
+    finally: torch.set_default_dtype(torch.float32)
+    assert len(rows) == 2 and base[0].lora_A.dtype == torch.float32
