@@ -16,7 +16,6 @@ activation-weighted SVD, ASVD, 2312.05821; moments from a sketch, Nystrom, 1706.
 """
 import collections, json, math, pathlib, re, warnings
 import numpy as np, torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F
-
 def need(ok, message):
     if not ok: raise ValueError(message)
 
@@ -190,7 +189,6 @@ class AiraLinear(nn.Module):
         delta = delta.T if is_conv1d(self.base) else delta
         return (self.base.weight.to(delta.dtype) + delta).to(self.base.weight.dtype)
     bias = property(lambda self: self.base.bias)
-
 def inside(name, modules):
     return any(f"{name}.".startswith(f"{module}.") for module in modules)
 def is_conv1d(m):  # Hugging Face's, in GPT-2: a linear layer that stores its weight as (in, out)
@@ -284,7 +282,7 @@ def apply_aira(model, calibrate=None, *, rank=8, targets=None, exclude=(), also_
     need(all(isinstance(r, (int, np.integer)) and r >= 1 for r in (rank, most)),
          f"{rank=}, {max_rank=}: whole numbers >= 1")
     need(init in INITS and abs(amplify) <= 1 and (calibrate is None or callable(calibrate)),
-         f"{init=}: one of {INITS}; {amplify=}: -1 .. 1; {calibrate=}: a function, as a lambda")
+         f"{init=}: one of {INITS}; {amplify=}: -1 .. 1; calibrate={type(calibrate)}: a lambda")
     need(not any("_aira" in vars(m) or hasattr(m, "peft_config") for m in model.modules()),
          "the model has adapters: remove_aira, merge_aira or PEFT's unload() first")
     layers, skipped = find(model, targets, exclude, also_train)
@@ -337,7 +335,6 @@ def load_aira(model, state):
     for k in own.keys() & state.keys(): own[k].copy_(state[k])
     swap(model, {id(modules[name]): AiraLinear(
         modules[name], {t: state.get(f"{name}.{t}") for t in TENSORS}) for name in names})
-
 def swap(model, new):  # put new[id(module)] in the module's place, wherever it hangs
     for parent in list(model.modules()):
         parent._modules.update({k: new.get(id(m), m) for k, m in parent._modules.items()})
@@ -382,6 +379,9 @@ def save_peft(model, directory):
            if isinstance(m, AiraLinear) and n not in adapters
            or n.endswith(tuple(also)) and not inside(n, also)]
     odd += [n for n in also if any(x.endswith(n) for x in ("lora_dropout", "base_layer", "A", "B"))]
+    kept = {id(p) for name in also for p in model.get_submodule(name).parameters()}
+    odd += [n for n, p in model.named_parameters(remove_duplicate=False)  # tied
+            if id(p) in kept and not inside(n, also)]
     need(not odd, f"PEFT would confuse {odd[:5]} with others: use merge_aira and save the model")
     tensors, ranks = {k: t for k, t in model.state_dict().items() if inside(k, also)}, {}
     for name, m in adapters.items():

@@ -313,3 +313,13 @@ def test_ranks_of_wrong_number_and_a_default_dtype_of_half():
     try: rows = apply_aira(base, lambda: base(x), rank=2).rows
     finally: torch.set_default_dtype(torch.float32)
     assert len(rows) == 2 and base[0].lora_A.dtype == torch.float32
+
+def test_a_weight_tied_to_one_in_also_train_is_not_exported_as_if_it_were_not(tmp_path):
+    model, x = nn.ModuleDict({n: nn.Linear(6, 6) for n in ("fc", "head", "wte")}), torch.randn(9, 6)
+    model["wte"].weight = model["head"].weight
+    model.forward = lambda x: model["head"](model["fc"](model["wte"](x)))
+    apply_aira(model, lambda: model(x), rank=2, also_train="head")
+    with pytest.raises(ValueError, match="'wte.weight'.*merge_aira"): save_peft(model, tmp_path)
+    remove_aira(model)
+    apply_aira(model, lambda: model(x), rank=2, also_train=["head", "wte"])
+    save_peft(model, tmp_path)
