@@ -71,7 +71,7 @@ def outlier_weighted_svd(weight, channel_rms, rank):
     with torch.random.fork_rng(range(torch.cuda.device_count())):  # the caller's state stays
         torch.manual_seed(0)
         U, s, V = torch.svd_lowrank(WS, min(rank + 16, *WS.shape), niter=5)  # nearly exact
-    root = s[:rank].sqrt().clamp_min(1e-4 * s[0].sqrt() + 1e-30)  # if 0, A has a row
+    root = s[:rank].sqrt().clamp_min(1e-4 * s[0].sqrt() + 1e-30)  # no row of A is zero
     return U[:, :rank] * (s[:rank] / root), root[:, None] * V.T[:rank] / rms
 
 # ---- 3. Ranks ------------------------------------------------------------------------------------

@@ -78,16 +78,14 @@ def fingerprint(model):
 def refuses(model, words, call, errors=(ValueError, TypeError)):
     """An error that has all the words, and leaves the model and the random state as they were."""
     before = fingerprint(model), bits(torch.get_rng_state())
-    with pytest.raises(errors) as caught:
-        call()
+    with pytest.raises(errors) as caught: call()
     assert all(word in str(caught.value) for word in words.split()), caught.value
     assert before == (fingerprint(model), bits(torch.get_rng_state()))
 
 # ---- 1. Activations ------------------------------------------------------------------------------
 def listened(*batches):
     layer = Listener(torch.zeros(1, batches[0].shape[-1]))
-    for x in batches:
-        layer.hook(None, (), {"input": x}, None)
+    for x in batches: layer.hook(None, (), {"input": x}, None)
     return layer.finish("layer")
 
 def moments(x):  # C of the tokens x (n, in), dense
@@ -244,16 +242,15 @@ def test_whitening_by_hand():
     assert loud[0] > 3 * loud[1]  # a negative power turns up what is loud
     close(gain(eye, x, 0), eye)
 
-@pytest.mark.parametrize("power", [0.25, 0.5, -0.5])
-@pytest.mark.parametrize("width, k, least", [(8, 1, 1e-6), (8, 4, 1e-6), (8, 64, 1e-6),
-                                             (300, 64, 1e-3)])  # the wide one has 60 directions
-def test_gain_is_a_power_of_the_second_moments(width, k, least, power):
+@pytest.mark.parametrize("power", [0.35, 0.5, -0.5])
+@pytest.mark.parametrize("width, k", [(8, 1), (8, 4), (8, 64), (300, 64)])
+def test_gain_is_a_power_of_the_second_moments(width, k, power):
     x, rows = inputs(200, min(width, 60)), randn(3, width)
     x = F.normalize(x @ randn(x.shape[1], width)) * width**0.5  # trace C = width
-    close(gain(rows, x, power, k=k), rows @ dense_gain(x.T @ x / len(x), power, k), least)
+    close(gain(rows, x, power, k=k), rows @ dense_gain(x.T @ x / len(x), power, k),
+          1e-6 if width == 8 else 1e-3)  # the wide one has 60 directions, some nearly silent
 
 def test_of_a_wide_layer_few_columns_tell_the_loudest_directions_nearly():
-    """A spectrum that falls slowly is the worst case: what 80 columns of C tell of 300."""
     x = randn(5000, 300) * torch.arange(1, 301).double() ** -0.5
     lam, heard = torch.linalg.eigvalsh(moments(x)).flip(0), listened(x)
     close(heard.P.T @ heard.P, torch.eye(80), 1e-5)
@@ -315,19 +312,21 @@ def test_layer_computes_base_plus_delta_at_every_rank(kind, init):
         layer = adapted(nn.Sequential(base), x, rank=rank, init=init, max_rank=rank)[0]
         assert layer.base is base and layer.bias is base.bias
         assert (layer.out_features, layer.in_features) == W.shape
-        s, A0, B0, G = SCALE, randn(1, 1) * 0, randn(1, 1) * 0, dense_gain(moments(x), POWER)
+        s, A0, B0, loud, gains = SCALE, randn(1, 1) * 0, randn(1, 1) * 0, layer.loud, layer.gains
+        eye = torch.eye(W.shape[1]).double()
+        G = gains[-1] * eye + loud.T * (gains[:-1] - gains[-1]) @ loud
         if init == "svd":  # both factors start at the best fit, and G = I
-            A0, B0, G, rms = layer.start_A, layer.start_B, G @ G.inverse(), listened(x).rms
+            A0, B0, rms = layer.start_A, layer.start_B, listened(x).rms
             optimum = eckart_young(W, rms, rank)
             assert weighted_error(W, rms, s * B0, A0) == pytest.approx(optimum, rel=1e-5, abs=1e-5)
-        for parameter in trainable(layer):
-            nn.init.normal_(parameter)
+        close(G, eye if init == "svd" else dense_gain(moments(x), POWER), 1e-4)
+        for parameter in trainable(layer): nn.init.normal_(parameter)
         dW = s * ((B0 + layer.lora_B) @ (A0 + layer.lora_A) - B0 @ A0) @ G
-        close(layer(x), x @ (W + dW).T + bias, 1e-4)
-        close(layer.weight, (W + dW).T if kind == "conv1d" else W + dW, 1e-4)
+        close(layer(x), x @ (W + dW).T + bias)
+        close(layer.weight, (W + dW).T if kind == "conv1d" else W + dW)
         B, A = layer.factors()
         assert len(A) == B.shape[1] == (2 * rank if init == "svd" else rank)
-        close(x @ (W + B @ A).T + bias, layer(x))
+        close(B @ A, dW)
 
 @pytest.mark.parametrize("init", INITS)
 def test_weight_decay_alone_leaves_the_pretrained_weights(init):
@@ -338,6 +337,11 @@ def test_weight_decay_alone_leaves_the_pretrained_weights(init):
         (model(x) * 0).sum().backward()
         optimizer.step()
     assert torch.equal(model(x), before)
+
+def test_a_sample_does_not_depend_on_its_batch():
+    model, x = adapted(train=5), inputs()
+    for others in (x[1:2], 1e6 * x[1:], 0 * x[1:]):
+        close(model(torch.cat([x[:1], others]))[:1], model(x[:1]))
 
 @pytest.mark.parametrize("init", ["svd_A", "random"])
 @pytest.mark.parametrize("zero", [False, True])
@@ -351,8 +355,7 @@ def test_every_unit_of_rank_can_train(zero, init):
         (model(x) - 1).square().mean().backward()
         for name in ["head"] if zero else SHAPES:
             assert getattr(model.get_submodule(name), wanted).grad.any(dim).all(), name
-        for parameter in trainable(model):
-            parameter.data -= 0.05 * parameter.grad
+        for parameter in trainable(model): parameter.data -= 0.05 * parameter.grad
 
 def test_quiet_norms_and_massive_tokens_do_not_change_the_adapters():
     """Both are common in pretrained models: norms of .1 with readers of 10 in return, the same
@@ -494,8 +497,7 @@ def test_calibration_restores_modes_hooks_and_random_state_also_when_it_raises()
         seen.append((model.training, model[1].training, torch.is_grad_enabled()))
         model(torch.randn(32, 10))
         model.train()
-        if error:
-            raise error
+        if error: raise error
 
     for error in (RuntimeError, KeyboardInterrupt, MemoryError):
         refuses(model, "", lambda: apply_aira(model, lambda: run(error), rank=2), error)
@@ -529,8 +531,7 @@ BAD = [  # arguments, what was done to the model before, and the words that the 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*")
 def test_bad_input_is_named_and_leaves_the_model_as_it_was(options, spoil, words):
     model = Net()
-    if spoil:
-        spoil(model)
+    if spoil: spoil(model)
     refuses(model, words, lambda: apply_aira(model, **{"calibrate": lambda: model(X), **options}))
 
 def test_a_subclass_is_left_out_and_a_bare_layer_refused():
@@ -659,8 +660,7 @@ def test_invariants_on_100_random_models():
         assert bits(model(x)) == bits(output) and {t.dtype for t in tensors} == {
             torch.promote_types(dtype, torch.float32)}, number
         assert sum(p.numel() for p in tensors) <= report.budget, number
-        for tensor in tensors:
-            nn.init.normal_(tensor, 0, 0.02)
+        for tensor in tensors: nn.init.normal_(tensor, 0, 0.02)
         exact, twin = x.double(), copy.deepcopy(model).double()
         check_round_trips(base.double(), twin, lambda m: m(exact), 1e-8)
         remove_aira(model)
