@@ -1,400 +1,723 @@
 # SPDX-License-Identifier: MIT
-"""AIRA (Activation-Informed Low-Rank Adaptation, ICCV 2025) for PyTorch, all of it in one file.
-The three ideas are the abstract's; how updates are amplified, and the guards, are ours.
+"""AIRA, Activation-Informed Low-Rank Adaptation (ICCV 2025), in one file.
 
-LoRA fine-tunes a frozen layer y = W x as y = W x + s B A x: A (r, in) starts random, B (out, r) at
-zero, all layers have rank r.  AIRA first runs the model on a few batches and listens:
-    1  activations  how loud each layer's input channels are, and in which directions
-    2  start        A comes from an SVD of W, weighted by how loud its input channels are
-    3  ranks        layers with more outliers get more of LoRA's parameter budget
-    4  updates      loud directions would drown the others: B A hears x with them turned down
-For nn.Linear and Hugging Face's Conv1D, not quantised; before torch.compile, DDP, fully_shard.
+LoRA fine-tunes a linear layer y = W x without touching W.  It trains two thin matrices beside it,
+y = W x + s B A x; A (r, in) starts at random, B (out, r) at zero, and all layers have one rank r.
+AIRA first runs the model on a few batches and measures its activations.  They decide
 
-An independent re-implementation, from the abstract, the released code (github.com/lliai/LoRA-Zoo;
-a "Departure" says where and why we differ) and: LoRA, arXiv 2106.09685; outliers, OWL, 2310.05175;
-activation-weighted SVD, ASVD, 2312.05821; moments from a sketch, Nystrom, 1706.05736.
+    the start    A starts from an SVD of W in which loud input channels weigh more;
+    the ranks    LoRA's parameter budget is shared out, more to layers with more outliers;
+    the updates  the adapter reads G x in place of x, where a fixed G rescales directions.
+
+Where this file departs from the abstract, because it measured better:
+    start    B is zero: the SVD gives A's directions only.  init="svd" starts both factors from it.
+    ranks    by the sum of a layer's outliers, not by the share of its weights that are outliers.
+    updates  the sign is reversed.  The abstract amplifies the updates of significant weights, those
+             that loud inputs meet.  That was worse than doing nothing; the opposite was better.  By
+             default G turns quiet directions up and loud ones down; amplify=-0.25: the abstract.
+
+Use, in any training loop:
+
+    import torch
+    from aira import aira_state_dict, apply_aira
+
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64))
+    batches = [torch.randn(32, 64) for _ in range(4)]
+    print(apply_aira(model, lambda: [model(x) for x in batches], rank=4))  # changes it in place
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=4e-3)  # now train as ever, and then
+    torch.save(aira_state_dict(model), "adapter.pt")
+
+Symbols, for one linear layer (a token is any vector that enters it: of text, image or table):
+
+    x (in,)                 a token
+    X (n, in)               a sample of its tokens, each divided by its own loudness
+    rms (in,), S            how loud each input channel is (root mean square);  S = diag(rms)
+    C (in, in)              X^T X / n: how loud each direction of inputs is; never formed
+    G (in, in)              (C + damping I)^-p, p = `amplify`; kept as a few directions, with gains
+    W (out, in)             the layer's own weight, frozen
+    A (r, in), B (out, r)   the adapter of rank r;  A0, B0: where it starts
+    s                       the adapter's scale, the same for all layers
+    theta                   the layer's importance when ranks are assigned
+
+An independent re-implementation, from the abstract and the released code ("Official" below:
+github.com/lliai/LoRA-Zoo, folder aira).  LoRA: arXiv 2106.09685.  Outliers: OWL, 2310.05175.
+Weighted SVD: ASVD, 2312.05821.  A start from an SVD: PiSSA, 2404.02948.  G: K-FAC, 1503.05671.
 """
-import collections, json, math, pathlib, re, warnings
-import numpy as np, torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F
-def need(ok, message):
-    if not ok: raise ValueError(message)
 
-# ---- 1. Activations ------------------------------------------------------------------------------
-# Every vector x (in,) that enters a linear layer is a token.  Each is scaled to RMS 1 and counts
-# alike, lest a few, hundreds of times louder, be all that we hear.  Over the scaled tokens:
-#     rms_j = sqrt(mean x_j^2) * geometric mean of the tokens' RMS: channel j's loudness    (in,)
-#     C = mean x x^T, second moments, trace C = in: too large to keep                      (in, in)
-# So we keep C P, for few random orthonormal columns P (in, 80).  Up to rank 80 that is all of C,
-# C = (C P) (P^T C P)^+ (C P)^T  (Nystrom); beyond, a lower bound, good for what stands out.
+import json
+import math
+import re
+import time
+import warnings
+from collections import Counter, namedtuple
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+Names = str | Iterable[str]
+
+SAMPLE = 1024  # tokens kept of each layer: with 4,096, or with all, the losses were the same
+DIRECTIONS = 2  # that G knows, for each unit of rank: it makes the saved adapter twice LoRA's
+DAMPING = 0.1  # a tenth of C's average eigenvalue, which is 1; it bounds G by 0.1^-p
+SCALE = 0.5  # s, and A0's rows have length 1/s: long rows turn less in Adam's steps of fixed size
+FLOOR = 1e-4  # of the mean loudness: a channel that never fired must not be divided by zero
+COINS = 2**18  # columns of the knapsack's table at most: a byte for each and each unit of rank
+
+
+def upcast(tensor):
+    """Half types as float32: they have too few digits for what follows, and no SVD."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+# ---- 1. Listening ------------------------------------------------------------------------------
+# Abstract: existing methods "fail to account for activation information, such as outliers".
+#
+# While the user's batches run, each layer keeps a uniform sample of the tokens that enter it; all
+# that follows is computed from W and this sample.  A few tokens can be hundreds of times louder
+# than the others (a text's first token often is) and would be all that counts.  So every token is
+# divided by its own loudness, l = sqrt(mean_j x_j^2):
+#
+#     X = the tokens / l ,    rms_j = sqrt(mean over X's rows of X_j^2) * typical l
+#
+# The typical l, a geometric mean, keeps layers comparable when they compete for rank.  (Padding
+# counts as tokens, too: calibrate without it, or with little.)
+#
+# Official: lora.py listens to one batch, and only to the first token's outputs.
+
+
 class Listener:
-    """Sums over all tokens that one layer sees; silent ones add nothing."""
+    """A forward hook that keeps a uniform sample of the tokens that enter a layer.
+
+    Every token gets a random key, and the tokens with the largest keys stay.
+    """
+
     def __init__(self, weight):
-        width, seeded = weight.shape[1], torch.Generator().manual_seed(0)
-        P = torch.randn(width, min(width, 80), generator=seeded, device="cpu", dtype=torch.float32)
-        self.P = torch.linalg.qr(P)[0].to(weight.device)
-        self.sums = 0, self.P.new_zeros(()), self.P.new_zeros(width), 0 * self.P
-    def hook(self, layer, args, kwargs, y):
-        x = (args or [*kwargs.values()])[0].detach().reshape(-1, len(self.P)).to(self.P)
-        loud = x.square().mean(1, keepdim=True).sqrt()
-        x = x / (loud + (loud == 0))
-        with torch.autocast(x.device.type, enabled=False): CP = x.T @ (x @ self.P)
-        new = len(x), loud[loud != 0].log().sum(), x.square().sum(0), CP
-        self.sums = [a + b for a, b in zip(self.sums, new)]
-    def finish(self, name):
-        """Sums to means; over all processes, lest they choose different ranks."""
-        if dist.is_available() and dist.is_initialized():
-            parts = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, [torch.as_tensor(t).cpu() for t in self.sums])
-            self.sums = [sum(part) for part in zip(*parts)]
-        self.tokens, (log, square, CP) = int(self.sums[0]), (t.to(self.P) for t in self.sums[1:])
-        need((CP.sum() + log).isfinite(), f"layer {name!r} saw NaN or inf: check batches, weights")
-        n = square.sum() / len(square)  # tokens that are not silent: the squares of each sum to in
-        self.CP, self.rms = CP / n, (square / n).sqrt() * (log / n).exp()
-        if not n: self.CP, self.rms = self.P, torch.ones_like(square)  # silence: C = I, all alike
-        return self
+        self.count = 0  # of all tokens
+        self.last_call = 0.0  # when the layer last ran
+        self.tokens = weight.new_empty(0, weight.shape[1])
+        self.keys = torch.empty(0, device=weight.device)
 
-# ---- 2. Outlier-weighted SVD ---------------------------------------------------------------------
-# Abstract: an outlier-weighted decomposition starts the factors.  A plain SVD keeps the most of W
-# as if all channels counted alike.  With S = diag(rms) each counts as loud as it is:
-#     minimise ||(W - B A) S||_F   =>   W S = U diag(sigma) V^T  (SVD),
-#                                       B = U_r diag(sigma_r)^.5 ,  A = diag(sigma_r)^.5 V_r^T S^-1
-# init="svd" starts from both.  By default A starts from V_r alone, and B is zero, as in LoRA.
-def outlier_weighted_svd(weight, channel_rms, rank):
-    """The best rank-r factors in the norm of the inputs (Eckart-Young): weight W (out, in),
-    channel_rms (in,), raised to 1e-4 of its mean -> B (out, rank), A (rank, in), >= float32.
-    Departure: the released code decomposes W itself, and takes V for V^T."""
-    need(1 <= rank <= min(weight.shape) and channel_rms.shape == weight.shape[1:], f"{rank=} or "
-         f"channel_rms {(*channel_rms.shape,)} for {(*weight.shape,)}: 1 .. {min(weight.shape)}")
-    rms = channel_rms.to(torch.promote_types(weight.dtype, torch.float32))  # half has no SVD
-    rms = rms.clamp_min(1e-4 * rms.mean()) if rms.any() else rms + 1
-    WS = weight.detach().to(rms) * rms
-    with torch.random.fork_rng(range(torch.cuda.device_count())):  # the caller's state stays
+    def __call__(self, layer, args, kwargs, output):
+        x = (*args, *kwargs.values())[0].detach()  # passed by position or by name
+        x = x.reshape(-1, x.shape[-1])
+        tokens = torch.cat([self.tokens, x])
+        keys = torch.cat([self.keys, torch.rand(len(x), device=x.device)])
+        largest = keys.topk(min(SAMPLE, len(keys))).indices
+        self.tokens, self.keys = tokens[largest], keys[largest]
+        self.count += len(x)
+        self.last_call = time.perf_counter()
+
+
+def scale_tokens(tokens):
+    """tokens (n, in) -> X, the same at RMS 1 without the silent ones; rms (in,).
+
+    If nothing was heard, X is empty and all channels count as equally loud, rms = 1.
+    """
+    tokens = upcast(tokens)
+    loudness = tokens.square().mean(dim=1).sqrt()
+    audible = loudness != 0
+    if not audible.any():
+        return tokens[:0], tokens.new_ones(tokens.shape[1])
+    X = tokens[audible] / loudness[audible, None]
+    typical = loudness[audible].log().mean().exp()
+    return X, X.square().mean(dim=0).sqrt() * typical
+
+
+# ---- 2. Outlier-weighted SVD -------------------------------------------------------------------
+# Abstract: "Outlier-weighted SVD decomposition to reduce approximation errors in low-rank weight
+# initialization".
+#
+# A plain SVD finds the best B A for W as if all inputs were equally loud.  Weighted by rms, an
+# error counts as it shows in the output (for channels that are uncorrelated), and an SVD still
+# gives the optimum, by Eckart and Young's theorem:
+#
+#     minimise ||(W - B A) S||   =>   W S = U diag(sigma) V^T,
+#                                     B = U_r diag(sigma_r)^1/2,  A = diag(sigma_r)^1/2 V_r^T S^-1
+#
+# By default the adapter uses V_r^T alone, the r input directions that W reads most (section 4).
+#
+# Official: AwLinear (lora_lib.py) decomposes W without weights, and slices V where it means V^T.
+
+
+def lowrank_svd(matrix, rank):
+    """matrix (m, n) -> U (m, rank), sigma (rank,), V^T (rank, n) of its largest singular values.
+
+    The randomised SVD, many times faster than the whole one.  16 columns beyond the rank and five
+    iterations bring its error within a thousandth of the optimum, on flat spectra too.
+    """
+    with torch.random.fork_rng(range(torch.cuda.device_count())):  # the caller's seed stays
         torch.manual_seed(0)
-        U, s, V = torch.svd_lowrank(WS, min(rank + 16, *WS.shape), niter=5)  # nearly exact
-    root = s[:rank].sqrt().clamp_min(1e-4 * s[0].sqrt() + 1e-30)  # no row of A is zero
-    return U[:, :rank] * (s[:rank] / root), root[:, None] * V.T[:rank] / rms
+        U, sigma, V = torch.svd_lowrank(matrix, q=min(rank + 16, *matrix.shape), niter=5)
+    return U[:, :rank], sigma[:rank], V[:, :rank].T
 
-# ---- 3. Ranks ------------------------------------------------------------------------------------
-# Abstract: an offline optimisation assigns the ranks.  A unit of rank trains cost_l = in + out
-# numbers in layer l, and each further one adds less.  With theta_l the importance of the layer,
-#     maximise sum_l theta_l log r_l   subject to   sum_l cost_l r_l <= budget ,  1 <= r_l <= max_l
-# in integers: r_l ~ theta_l / cost_l.  A weight brings |W_ij| rms_j to an output: OWL's outliers.
-def outlier_mass(weight, channel_rms, threshold=2.0):
-    """The default theta: the sum of |W_ij| rms_j over outliers, those above threshold * mean."""
-    significance = weight.detach().float().abs() * channel_rms.float()
-    return float(significance[significance > threshold * significance.mean()].sum())
 
-def least_ranks(importance, costs, budget, min_rank, max_ranks):
-    """Check the problem -> everyone's least rank, theta > 0, what is left of the budget then."""
-    theta, ranks = np.asarray(importance, float), [min(min_rank, most) for most in max_ranks]
-    need(len(theta) == len(costs) == len(ranks) > 0 and np.isfinite(theta).all() and min(theta) >= 0
-         and min(*costs, *ranks) >= 1, "layers need a finite importance >= 0, cost, rank >= 1: "
-         f"{importance=}, {costs=}, {min_rank=}, {max_ranks=}")
-    left = budget - int(np.dot(costs, ranks))
-    need(left >= 0, f"{budget=} is too small: {min_rank=} takes {budget - left}")
-    # relative to the largest; layers of no importance grow last, or alike if none has any
-    return ranks, np.maximum(theta / (theta.max() or 1), 1e-9).tolist(), left
+def outlier_weighted_svd(weight: Tensor, channel_rms: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best rank-r factors of a weight, measured on inputs as loud as they are.
 
-def greedy_ranks(importance, costs, budget, min_rank, max_ranks):
-    """Buy units of rank one by one, by theta log((r + 1) / r) / cost, each if it fits -> [int].
-    importance, costs, max_ranks: a number for each layer.  Optimal where all costs are equal."""
-    ranks, theta, left = least_ranks(importance, costs, budget, min_rank, max_ranks)
-    for _, l in sorted((-theta[l] * math.log1p(1 / r) / costs[l], l)
-                       for l in range(len(ranks)) for r in range(ranks[l], max_ranks[l])):
-        if costs[l] <= left: ranks[l], left = ranks[l] + 1, left - costs[l]
-    return ranks
+    weight (out, in), channel_rms (in,), rank from 1 to min(out, in)
+    -> B (out, rank), A (rank, in), in float32 or wider.  ValueError if the shapes do not fit.
+    """
+    if not 1 <= rank <= min(weight.shape):
+        raise ValueError(f"{rank=}: a weight of {tuple(weight.shape)} has 1 to {min(weight.shape)}")
+    S = upcast(channel_rms)
+    S = S.clamp_min(FLOOR * S.mean()) if S.any() else torch.ones_like(S)
+    U, sigma, Vt = lowrank_svd(upcast(weight.detach()) * S, rank)  # column j times rms_j
+    root = sigma.sqrt()
+    return U * root, root[:, None] * Vt / S
 
-def knapsack_ranks(importance, costs, budget, min_rank, max_ranks):
-    """The optimum, by dynamic programming; exact if the costs' gcd >= 2^-18 of what is left.
-    Layers of one cost form a class: its best n units have the largest gains, together value[n].
-    Class by class, best[b], the most that b coins buy, is max_n value[n] + before[b - n price]."""
-    ranks, theta, left = least_ranks(importance, costs, budget, min_rank, max_ranks)
-    coin, classes = max(math.gcd(*costs), left >> 18), []
+
+# ---- 3. Ranks ----------------------------------------------------------------------------------
+# Abstract: "Outlier-driven dynamic rank assignment using offline optimization".
+#
+# An output adds up terms W_ij x_j, of typical size |W_ij| rms_j: the weight's significance, as OWL
+# defines it.  theta_l is how much significance layer l has in outliers.  A unit of rank costs
+# in + out parameters, and each further unit should bring less than the one before; like the
+# official code, we take the logarithm for that:
+#
+#     maximise  sum_l theta_l log r_l    subject to    sum_l cost_l r_l <= budget ,
+#                                                      min_rank <= r_l <= max_rank_l , whole numbers
+#
+# Where no bound is met, r_l is near constant * theta_l / cost_l.
+#
+# Official: lora.py solves the same in real numbers (SciPy) and cuts these to whole ones, which
+# leaves 6 % of the budget.  Its theta is the size of a layer's output.
+
+
+def outlier_mass(weight: Tensor, channel_rms: Tensor, threshold: float = 2.0) -> float:
+    """The default theta: the sum of significance over outliers, above threshold times the mean.
+
+    OWL takes the share of weights that are outliers, whatever their size; the sum measured better.
+    The threshold hardly matters: at 0, the sum over all weights, the ranks came out the same.
+    """
+    significance = upcast(weight.detach()).abs() * upcast(channel_rms)
+    outliers = significance > threshold * significance.mean()
+    return float(significance[outliers].sum())
+
+
+def check_problem(importance, costs, budget, min_rank, max_ranks):
+    """-> theta, with none at zero; everyone's least rank; what that leaves of the budget."""
+    if not (np.isfinite(importance).all() and min(importance) >= 0):
+        raise ValueError(f"{importance=}: NaN, inf or negative; are the batches sound?")
+    if min(min_rank, *max_ranks) < 1:
+        raise ValueError(f"{min_rank=}, {max_ranks=}: below 1")
+    ranks = [min(min_rank, largest) for largest in max_ranks]
+    spent = int(np.dot(costs, ranks))
+    if spent > budget:
+        raise ValueError(f"{budget=} is too small: {min_rank=} takes {spent}")
+    least = 1e-9 * max(importance) or 1.0  # layers of no importance come last, but they come
+    return [max(theta, least) for theta in importance], ranks, budget - spent
+
+
+def greedy_ranks(
+    importance: list[float], costs: list[int], budget: int, min_rank: int, max_ranks: list[int]
+) -> list[int]:
+    """Give out rank unit by unit, each to the layer that gains most for its cost.
+
+    importance (theta), costs (parameters of a unit of rank), max_ranks: a number for each layer;
+    budget in parameters -> a rank for each layer.  Optimal where all costs are equal.
+    """
+    theta, ranks, left = check_problem(importance, costs, budget, min_rank, max_ranks)
+    layers = range(len(ranks))
+    while True:
+        layers = [i for i in layers if costs[i] <= left and ranks[i] < max_ranks[i]]
+        if not layers:
+            return ranks
+        gains = [theta[i] * math.log((ranks[i] + 1) / ranks[i]) / costs[i] for i in layers]
+        best = layers[int(np.argmax(gains))]
+        ranks[best] += 1
+        left -= costs[best]
+
+
+def knapsack_ranks(
+    importance: list[float], costs: list[int], budget: int, min_rank: int, max_ranks: list[int]
+) -> list[int]:
+    """The optimum, by dynamic programming; arguments and result as of greedy_ranks.
+
+    best[b] is the most that b coins can gain with the units of rank seen so far.  A coin is the
+    costs' greatest common divisor, which is exact; if that makes more than COINS coins, they are
+    made larger and prices are rounded up.
+    """
+    theta, ranks, left = check_problem(importance, costs, budget, min_rank, max_ranks)
+    coin = max(math.gcd(*costs), math.ceil(left / COINS))
     best = np.zeros(left // coin + 1)
-    for cost in sorted(set(costs)):
-        units = sorted((-theta[l] * math.log1p(1 / r), l) for l in range(len(ranks))
-                       if costs[l] == cost for r in range(ranks[l], max_ranks[l]))
-        price, before = -(-cost // coin), best.copy()
-        value = -np.cumsum([0] + [loss for loss, _ in units])[:1 + (len(best) - 1) // price]
-        classes.append((price, value, units, before))
-        for n in range(1, len(value)):
-            best[n * price:] = np.maximum(best[n * price:], value[n] + before[:-n * price])
-    b = len(best) - 1
-    for price, value, units, before in reversed(classes):  # walk back: how many of each class
-        value = value[:b // price + 1]
-        n = int(np.argmax(value + before[b - price * np.arange(len(value))]))
-        b -= n * price
-        for _, l in units[:n]: ranks[l] += 1
+    units = []
+    for layer, least in enumerate(ranks):
+        price = math.ceil(costs[layer] / coin)
+        for rank in range(least, max_ranks[layer]):
+            bought = best[:-price] + theta[layer] * math.log((rank + 1) / rank)
+            better = bought > best[price:]  # is the unit worth its price?
+            best[price:] = np.maximum(best[price:], bought)
+            units.append((layer, price, better))
+
+    coins = len(best) - 1
+    for layer, price, better in reversed(units):  # walk back: which units did the best plan buy?
+        if coins >= price and better[coins - price]:
+            ranks[layer] += 1
+            coins -= price
     return ranks
 
-# ---- 4. Amplified updates ------------------------------------------------------------------------
-# Abstract: amplify the updates of significant weights.  Multiplying a gradient by a constant would
-# be a placebo: Adam divides it out again.  So we change what the adapter hears, G x for x:
-#     y = W x + s B A G x ,   G = (C + damping I)^-p ,   A = V_r^T / s ,   B = 0 ,   s = 1/2
-# Where C is loud G is small, so quiet directions are turned up (departure: not the loud ones; it
-# measured better), and by SGD twice: a step of A moves W by  -rate s^2 B B^T grad G^2, one of B by
-# -rate s^2 grad G A^T A G.  `amplify` is p: at 1/2, G x is nearly white, at 0 it is x, p < 0 turns
-# up what is loud.  1/3 is a compromise: our small models learn a little more with 1/2, a pretrained
-# Llama with 1/4.  s makes A's rows long: Adam's steps have one length, and turn long rows less.
-SCALE = 1 / 2
-def whitening(CP, P, power, damping=0.1, k=64):
-    """Part 1's C P (in, q) -> loud (k, in), orthonormal, about C's k loudest directions, and gains
-    (k + 1,): of each, and of all the others, which count as their mean."""
-    CP, P = (t.cpu().double() for t in (CP, P))  # the inverse needs the digits
-    Q, R = torch.linalg.qr(CP)  # C = Q core Q^T
-    core = R @ torch.linalg.pinv(P.T @ CP, rtol=1e-6, hermitian=True) @ R.T
-    values, U = (t[..., -k:] for t in torch.linalg.eigh(core))
-    rest = (len(P) - values.sum()).clamp_min(0) / max(len(P) - len(values), 1)
-    return (Q @ U).T, (torch.cat([values, rest[None]]).clamp_min(0) + damping) ** -power
 
-def amplified(A, loud, gains):
-    """A (r, in) times G = g I + loud^T diag(gains[:-1] - g) loud,  g = gains[-1]."""
-    R, loud, gains = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (A, loud, gains))
-    with torch.autocast(A.device.type, enabled=False):  # what is left of loud needs the digits
-        return (gains[-1] * R + R @ loud.T * (gains[:-1] - gains[-1]) @ loud).to(A.dtype)
+# ---- 4. The layer, and its amplified updates ---------------------------------------------------
+# Abstract: "Activation-informed training to amplify updates on significant weights".
+#
+# The sign is reversed here: loud directions of x are turned down, quiet ones up, and the updates
+# with them.  Turning loud ones up (a negative `amplify`) raised the loss, on images by far; README
+# has the figures.  A likely reason: the gradient of W sums (error) x^T over tokens.  A few loud
+# directions fill this sum, and an adapter of low rank can learn only few directions.
+#
+#     y = W x + s (B A - B0 A0) G x ,    G = (C + damping I)^-p
+#
+# Where C is large, G is small.  At p = 0, G = I; at p = 1/2, but for the damping, G x is equally
+# loud in all directions (whitened); the default 1/3 goes part of the way, and did no harm on any
+# model tried.  G acts on a step twice.  A token with error e gives A the gradient s B^T e (G x)^T,
+# and a change dA changes W by s B dA G; so SGD moves W by s^2 B B^T e x^T G^2.  (At p = 1/2, G^2
+# is K-FAC's factor for inputs, here kept fixed.)  Adam evens out the sizes of gradients, which
+# leaves about one G.
+#
+# The start: B0 = 0 and A0 = V_r^T / s.  V belongs to W S, whose input is S^-1 x, and G x resembles
+# that as far as C is diagonal; beyond, this is a heuristic that measured well.  init="svd" takes
+# the abstract by its word: s B0 A0 G is section 2's best approximation of W, and is subtracted
+# again, for the output must not jump.
+#
+# Official: AwLinear scales B A x by |W x|, brought to 0 .. 1 over the batch: that only turns down,
+# ties a sample to its batch and is lost on merging.  Its SVD start changes the output.
 
-TENSORS = "lora_A", "lora_B", "loud", "gains", "start_A", "start_B"
-INITS = "svd_A", "svd", "random"
+
+def whitening(X, power, k):
+    """X (n, in) -> G: directions (k, in), orthonormal, and gains (k + 1,).
+
+    They are C's loudest directions; the last gain is for all others, which count as their mean.
+    For an empty X, k = 0 and C = I.
+    """
+    _, sigma, directions = lowrank_svd(X, k)
+    energies = sigma.square() / len(X)  # eigenvalues of C; all of them add up to in
+    width, known = X.shape[1], len(energies)
+    others = (width - energies.sum()).clamp_min(0) / max(width - known, 1)
+    return directions, (torch.cat([energies, others[None]]) + DAMPING) ** -power
+
+
+def times_G(A, directions, gains):
+    """A (r, in) -> A G (r, in), where G = g I + D^T diag(gains - g) D, g the last gain."""
+    g = gains[-1]
+    along = A @ directions.T  # (r, k)
+    return g * A + (along * (gains[:-1] - g)) @ directions
+
+
 class AiraLinear(nn.Module):
-    """A frozen linear layer and its low-rank difference, y = base(x) + s B A G x.
-    lora_A, lora_B    A (r, in), B (out, r): trained, in float32 or wider, for steps are small
-    loud, gains       G's parts, fixed
-    start_A, start_B  only for init="svd", where G = I: A0, B0, part 2's / sqrt(s), fixed; A and B
-                      start at zero, and y = base(x) + s (B0 + B) (A0 + A) x - s B0 A0 x
-    The output starts as the base's, bit for bit.  (Departure: the released code jumps.)"""
-    def __init__(self, base, tensors):
+    """A frozen linear layer with its adapter: y = base(x) + s (B A - B0 A0) G x.
+
+    base                 nn.Linear or Hugging Face's Conv1D, untouched
+    lora_A, lora_B       (r, in), (out, r): trained, in float32 or wider, for steps are small
+    directions, gains    (k, in), (k + 1,): G, fixed
+    start_A, start_B     A0, B0, fixed, only for init="svd".  Then lora_A and lora_B are what is
+                         added, A = A0 + lora_A, B = B0 + lora_B, so weight decay pulls to the start
+
+    The official AwLinear forms B A, as large as W, in each step; here only x A^T B^T.
+    """
+
+    def __init__(self, base, lora_A, lora_B, directions, gains, start_A=None, start_B=None):
         super().__init__()
-        self.base, (self.out_features, self.in_features) = base, out_in(base).shape
-        like = base.weight.new_empty(0, dtype=torch.promote_types(base.weight.dtype, torch.float32))
-        for name in TENSORS:
-            t = tensors.get(name)
-            if t is not None: t = t.detach().to(like).clone(memory_format=torch.contiguous_format)
-            if name.startswith("lora"): self.register_parameter(name, nn.Parameter(t))
-            else: self.register_buffer(name, t)  # which model.requires_grad_(True) leaves fixed
+        self.base = base
+        self.out_features, self.in_features = weight_of(base).shape
+        self.lora_A = nn.Parameter(lora_A)
+        self.lora_B = nn.Parameter(lora_B)
+        self.register_buffer("directions", directions)
+        self.register_buffer("gains", gains)
+        self.register_buffer("start_A", start_A)
+        self.register_buffer("start_B", start_B)
         self.train(base.training)
-    def factors(self):
-        """LoRA's s B (out, r), A G (r, in); init="svd": s [B0 + B | B], [A ; A0], of rank 2 r."""
-        B, A = self.lora_B, amplified(self.lora_A, self.loud, self.gains)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """B (out, q), A (q, in) with y = base(x) + B A x: a plain LoRA; G and s are folded in.
+
+        q is r; for init="svd" it is 2 r, for with dA = lora_A and dB = lora_B
+            (B0 + dB) (A0 + dA) - B0 A0 = (B0 + dB) dA + dB A0 = [B0 + dB, dB] [dA ; A0].
+        """
+        A, B = upcast(self.lora_A), upcast(self.lora_B)
         if self.start_A is not None:
-            B, A = torch.cat([self.start_B + B, B], 1), torch.cat([A, self.start_A])
+            A, B = torch.cat([A, self.start_A]), torch.cat([self.start_B + B, B], dim=1)
+        with torch.autocast(A.device.type, enabled=False):  # loud directions need the digits
+            A = times_G(A, upcast(self.directions), upcast(self.gains))
         return SCALE * B, A
-    def forward(self, input):
-        B, A = (t.to(input.dtype) for t in self.factors())  # B A, (out, in), is never formed here
-        return self.base(input) + F.linear(F.linear(input, A), B)
+
+    def forward(self, input: Tensor) -> Tensor:
+        B, A = self.factors()
+        hidden = F.linear(input, A.to(input.dtype))  # (..., q)
+        return self.base(input) + F.linear(hidden, B.to(input.dtype))
+
     @property
     def weight(self):
-        """W + dW, summed in float32 or wider; nn.TransformerEncoderLayer in eval mode reads it."""
+        """W + dW.  nn.TransformerEncoderLayer reads its layers' weights and does not call them."""
         B, A = self.factors()
-        with torch.autocast(B.device.type, enabled=False): delta = B @ A
-        delta = delta.T if is_conv1d(self.base) else delta
-        return (self.base.weight.to(delta.dtype) + delta).to(self.base.weight.dtype)
-    bias = property(lambda self: self.base.bias)
-def inside(name, modules):
-    return any(f"{name}.".startswith(f"{module}.") for module in modules)
-def is_conv1d(m):  # Hugging Face's, in GPT-2: a linear layer that stores its weight as (in, out)
-    return type(m).__name__ == "Conv1D" and hasattr(m, "nf")
-def is_linear(m):  # but no subclass, which may do anything
-    return type(m) is nn.Linear or is_conv1d(m)
-def plain(w):
-    return isinstance(w, nn.Parameter) and not (w.is_meta or hasattr(w, "device_mesh"))  # sharded
-def out_in(layer):
+        with torch.autocast(A.device.type, enabled=False):
+            delta = B @ A
+        W = self.base.weight
+        return (W + (delta.T if is_conv1d(self.base) else delta)).to(W.dtype)  # rounded once
+
+    @property
+    def bias(self):
+        return self.base.bias
+
+
+def start_adapter(layer, heard, rank, init, power):
+    """The adapter of one layer, at its start; heard: its Listener."""
+    W = upcast(weight_of(layer))
+    if not W.any():
+        W = torch.eye(*W.shape).to(W)  # a layer that starts at zero reads nothing: take channels
+    directions, gains = whitening(heard.X, power, DIRECTIONS * rank)
+    if init == "svd_A":
+        _, _, Vt = lowrank_svd(W * heard.rms, rank)
+        return AiraLinear(layer, Vt / SCALE, Vt.new_zeros(len(W), rank), directions, gains)
+    B, A = outlier_weighted_svd(W, heard.rms, rank)
+    B0 = B / SCALE**0.5
+    A0 = times_G(A, directions, 1 / gains) / SCALE**0.5  # A G^-1, for G will follow
+    return AiraLinear(layer, 0 * A0, 0 * B0, directions, gains, A0, B0)
+
+
+# ---- 5. apply_aira -----------------------------------------------------------------------------
+
+
+# What apply_aira did to a layer: shape (out, in), tokens heard, theta, rank, parameters trained.
+Row = namedtuple("Row", "name shape tokens importance rank parameters")
+
+
+class Report(NamedTuple):
+    """What apply_aira did to the model; prints as a table."""
+
+    rows: list[Row]
+    summary: str
+
+    def __str__(self) -> str:
+        width = max(len(row.name) for row in self.rows)
+        lines = [f"{'layer':{width}}    out x in      tokens  importance  rank  parameters"]
+        for name, (out, into), tokens, theta, rank, parameters in self.rows:
+            shape = f"{out:>6} x {into:<6}"
+            lines.append(
+                f"{name:{width}} {shape} {tokens:>7,} {theta:>11.4g} {rank:>5} {parameters:>11,}"
+            )
+        return "\n".join([*lines, self.summary])
+
+
+def is_conv1d(module):
+    """Hugging Face's Conv1D, in GPT-2: a linear layer that stores its weight as (in, out)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def is_linear(module):
+    """No subclass, for it may do anything: nn.MultiheadAttention never calls its out_proj."""
+    return type(module) is nn.Linear or is_conv1d(module)
+
+
+def weight_of(layer):
+    """The weight as (out, in)."""
     return layer.weight.detach().T if is_conv1d(layer) else layer.weight.detach()
 
-def start(W, heard, rank, init, power):
-    """The tensors of a new AiraLinear, {name: tensor}."""
-    with torch.autocast(W.device.type, enabled=False):
-        loud, gains = whitening(heard.CP, heard.P, 0 if init == "svd" else power)
-        B, A = outlier_weighted_svd(W, heard.rms, rank)
-    V = A * heard.rms.clamp_min(1e-4 * heard.rms.mean())  # V_r^T, but for its rows' lengths
-    if init == "random" or not W.any(): V = torch.randn_like(A)  # W = 0 has none
-    new = {"lora_A": F.normalize(V) / SCALE, "lora_B": 0 * B, "loud": loud, "gains": gains}
-    if init == "svd": new.update(lora_A=0 * A, start_A=A / SCALE**0.5, start_B=B / SCALE**0.5)
-    return new
 
-# ---- 5. apply_aira -------------------------------------------------------------------------------
-Row = collections.namedtuple("Row", "name shape tokens importance rank parameters")  # (out, in)
-class Report(collections.namedtuple("Report", "rows budget skipped unreached")):
-    """What apply_aira did, as a table; skipped: {layer: why}, unreached: share of the model."""
-    def __str__(self):
-        w, spent = max(len(r.name) for r in self.rows), sum(r.parameters for r in self.rows)
-        title = f"{'layer':{w}}    out x in      tokens  importance  rank  parameters"
-        return "\n".join([title] + [
-            f"{r.name:{w}} {r.shape[0]:>6} x {r.shape[1]:<6} {r.tokens:>7,} {r.importance:>11.4g} "
-            f"{r.rank:>5} {r.parameters:>11,}" for r in self.rows] + [
-            f"skipped {name}: {why}" for name, why in self.skipped.items()] + [
-            f"{spent:,} trained, {spent / self.budget:.1%} of the budget; no adapter reaches "
-            f"{self.unreached:.1%} of the model's parameters"])
+def select(names, patterns, option):
+    """The names in which a pattern stands as a run of whole parts: "q_proj", "layers.0"."""
+    chosen = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        found = {name for name in names if f".{pattern}." in f".{name}."}
+        if not found:
+            raise ValueError(f"{option}: nothing is named {pattern!r} in {sorted(names)[:9]} ...")
+        chosen |= found
+    return chosen
 
-def find(model, targets, exclude, also_train):
-    """-> {name: layer} to adapt, {name: why not} of other linear layers."""
-    def named(name, ends): return any(f".{name}".endswith(f".{end}") for end in ends)
-    modules, layers, skipped = dict(list(model.named_modules())[1:]), {}, {}  # without the root
-    owners = collections.Counter(id(p) for m in model.modules() for p in m.parameters(False))
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    linear = {name: m for name, m in modules.items() if is_linear(m)}
-    full = {id(m) for name in also_train if name in modules for m in modules[name].modules()}
-    for name, m in linear.items():
-        if not named(name, exclude) and (targets is None or named(name, targets)):
-            w, why = m.weight, ("in also_train" if id(m) in full else
-                                "tied" if owners[id(m.weight)] > 1 else
-                                "output head" if m is head and targets is None else "")
-            need(why or plain(w) and w.is_floating_point() and w.isfinite().all(), "mend or "
-                 f"exclude {name!r}: meta, sharded, parametrised, quantised {w.dtype}, NaN, inf?")
-            (skipped if why else layers)[name] = why or m
-    missed = [t for t in targets or () if not any(named(name, [t]) for name in layers)]
-    missed += [t for t in exclude if not any(named(name, [t]) for name in linear)]
-    missed += [name for name in also_train if name not in modules]
-    need(layers and not missed, f"no {missed or 'layer'} inside, {targets=}, {exclude=}, "
-         f"{also_train=}; linear layers are {list(linear)[:5]} .., skipped {list(skipped)[:5]}")
-    return layers, skipped
 
-def listen(model, layers, run):
+def check_bare(model):
+    for module in model.modules():
+        if "_aira" in vars(module) or hasattr(module, "peft_config"):
+            raise ValueError("it has adapters: remove_aira, merge_aira or PEFT's unload() first")
+
+
+def check_weight(name, weight):
+    """It must be one that we can decompose now, and write to when we merge."""
+    if not isinstance(weight, nn.Parameter):
+        problem = "is computed, by weight_norm or the like: remove that first"
+    elif weight.is_meta or hasattr(weight, "device_mesh"):
+        problem = "is elsewhere: load the model before apply_aira, shard it after"
+    elif not weight.is_floating_point():
+        problem = f"is quantised, {weight.dtype}: exclude the layer"
+    elif not weight.isfinite().all():
+        problem = "has NaN or inf: mend it, or exclude the layer"
+    else:
+        return
+    raise ValueError(f"the weight of {name!r} {problem}")
+
+
+def find_layers(model, targets, exclude, in_full):
+    """The layers to adapt, {name: module}; in_full: the modules that also_train names."""
+    owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    linear = {}
+    for name, module in model.named_modules():
+        # a tied weight is left alone: merging would change it for its other owner, too
+        if name and is_linear(module) and module not in in_full and owners[id(module.weight)] < 2:
+            linear[name] = module
+    if targets is None:
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        targets = [name for name in linear if linear[name] is not head]
+    chosen = select(linear, targets, "targets") - select(linear, exclude, "exclude")
+    if not chosen:
+        raise ValueError(f"no linear layer is left to adapt, {exclude=}")
+    for name in chosen:
+        check_weight(name, linear[name].weight)
+    return {name: module for name, module in linear.items() if name in chosen}
+
+
+def listen(model, layers, calibrate):
     """Run the user's batches, in eval mode and without gradients -> {name: Listener}."""
-    heard = {name: Listener(out_in(m)) for name, m in layers.items()}
-    modes = [(m, m.training) for m in model.modules()]
-    hooks = [m.register_forward_hook(heard[n].hook, with_kwargs=True) for n, m in layers.items()]
+    listeners, hooks = {}, []
+    for name, layer in layers.items():
+        listeners[name] = Listener(weight_of(layer))
+        hooks.append(layer.register_forward_hook(listeners[name], with_kwargs=True))
+    modes = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad(), torch.random.fork_rng(range(torch.cuda.device_count())):
             model.eval()
-            run()
+            if calibrate is None:
+                warnings.warn("no calibrate: all channels count as equally loud", stacklevel=3)
+            else:
+                calibrate()
     finally:
-        for hook in hooks: hook.remove()
-        for m, mode in modes: m.training = mode
-    return {name: one.finish(name) for name, one in heard.items()}
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    for name, listener in listeners.items():
+        if calibrate and not listener.count:
+            raise ValueError(f"calibrate never ran {name!r}: exclude it, or is it a generator?")
+        if dist.is_available() and dist.is_initialized():
+            box = [listener.tokens.cpu()]
+            dist.broadcast_object_list(box)  # all processes hear the first one's: equal ranks
+            listener.tokens = box[0].to(listener.tokens)
+        listener.X, listener.rms = scale_tokens(listener.tokens)
+    return listeners
 
-def apply_aira(model, calibrate=None, *, rank=8, targets=None, exclude=(), also_train=(),
-               init="svd_A", importance=outlier_mass, allocate=greedy_ranks, max_rank=None,
-               amplify=1 / 3):
-    """Put adapters into `model` in place, freeze all else -> a Report, which prints.
-    calibrate   callable without arguments that runs the model on a few thousand typical tokens;
-                None: all channels and directions count as equally loud, and a warning says so
-    rank        the budget is what LoRA of this rank trains, sum_l (in + out)_l rank
-    targets     names of layers or their endings, as "q_proj"; None: all linear layers but the
-                output head and tied ones.  exclude: names or endings to leave out
-    also_train  names of modules to train in full and save along, as a new head
-    init        "svd_A": A from the weighted SVD, B zero; "svd": both, no G; "random": A random
-    importance  function (weight, rms) -> theta >= 0; lambda W, rms: sum(W.shape) for equal ranks
-    allocate    greedy_ranks or knapsack_ranks;  max_rank: of a layer, None: 2 rank;  amplify: p
-    Before the optimizer; in every process.  For bad input ValueError, and the model as it was."""
-    targets, exclude, also_train = ([x] if isinstance(x, str) else x and list(x)
-                                    for x in (targets, exclude, also_train))
-    most = 2 * rank if max_rank is None else max_rank
-    need(all(isinstance(r, (int, np.integer)) and r >= 1 for r in (rank, most)),
-         f"{rank=}, {max_rank=}: whole numbers >= 1")
-    need(init in INITS and abs(amplify) <= 1 and (calibrate is None or callable(calibrate)),
-         f"{init=}: one of {INITS}; {amplify=}: -1 .. 1; calibrate={type(calibrate)}: a lambda")
-    need(not any("_aira" in vars(m) or hasattr(m, "peft_config") for m in model.modules()),
-         "the model has adapters: remove_aira, merge_aira or PEFT's unload() first")
-    layers, skipped = find(model, targets, exclude, also_train)
-    heard = listen(model, layers, calibrate or (lambda: None))
-    few = [name for name, one in heard.items() if one.tokens < rank]
-    unused = [name for name in few if calibrate and not heard[name].tokens]
-    need(not unused, f"calibrate never called {unused[:5]}: run (a generator does not) or exclude")
-    weights = {name: out_in(m) for name, m in layers.items()}
-    costs, sides = ([f(w.shape) for w in weights.values()] for f in (sum, min))
-    if few or rank > max(sides):
-        warnings.warn(f"{rank=}: no layer holds more than {max(sides)}, and {few[:5]} saw fewer "
-                      "calibration tokens; without any, all channels count alike", stacklevel=2)
-    theta = [float(importance(w, heard[name].rms)) for name, w in weights.items()]
-    ranks = allocate(theta, costs, rank * sum(costs), 1, [min(side, most) for side in sides])
-    rows, state = [], {k: t for k, t in model.state_dict().items() if inside(k, also_train)}
-    for (name, w), t, r in zip(weights.items(), theta, ranks, strict=True):
-        rows.append(Row(name, tuple(w.shape), heard[name].tokens, t, r, r * sum(w.shape)))
-        new = start(w, heard[name], r, init, amplify)
-        state.update((f"{name}.{key}", tensor) for key, tensor in new.items())
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
-    missed = sum(n for name, n in sizes.items() if not inside(name, [*layers, *also_train]))
-    load_aira(model, {**state, "aira.tensors": torch.tensor(len(state))})  # the first change
-    return Report(rows, rank * sum(costs), skipped, missed / sum(sizes.values()))
 
-# ---- 6. Load, save, remove, merge, export --------------------------------------------------------
-@torch.no_grad()
-def load_aira(model, state):
-    """Put an aira_state_dict on the base model, to use it or to train on.  Ranks are the tensors'
-    shapes; nothing is decomposed.  ValueError, and nothing changed, for what does not fit."""
-    own, state = model.state_dict(), dict(state)
+def assign_ranks(layers, heard, rank, importance, allocate):
+    """-> a Row for each layer.  The budget is what LoRA of this rank trains."""
+    weights = {name: weight_of(layer) for name, layer in layers.items()}
+    theta = [float(importance(W, heard[name].rms)) for name, W in weights.items()]
+    costs = [sum(W.shape) for W in weights.values()]
+    largest = [min(2 * rank, *W.shape) for W in weights.values()]  # lest one layer takes it all
+    ranks = allocate(theta, costs, rank * sum(costs), 1, largest)
+    rows = []
+    for (name, W), t, r in zip(weights.items(), theta, ranks, strict=True):
+        rows.append(Row(name, tuple(W.shape), heard[name].count, t, r, r * sum(W.shape)))
+    return rows
+
+
+def summary(model, rows, heard, trained):
+    """What to know beside the table, in words."""
+    adapted = {f"{row.name}.base.weight" for row in rows}
+    frozen = [n for n, p in model.named_parameters() if p.dim() > 1 and not p.requires_grad]
+    frozen = [name for name in frozen if name not in adapted]
+    last = max(heard, key=lambda name: heard[name].last_call)
+    return (
+        f"trained: {sum(row.parameters for row in rows):,} parameters in adapters, "
+        f"{sum(t.numel() for t in trained.values()):,} in also_train\n"
+        f"frozen, without adapter: {', '.join(frozen[:9]) or 'no matrix'}\n"
+        f"ran last: {last if heard[last].count else 'nothing'} "
+        "(a new head, yet untrained, belongs in also_train)"
+    )
+
+
+def apply_aira(
+    model: nn.Module,
+    calibrate: Callable[[], object] | None = None,
+    *,
+    rank: int = 8,
+    targets: Names | None = None,
+    exclude: Names = (),
+    also_train: Names = (),
+    init: str = "svd_A",
+    importance: Callable = outlier_mass,
+    allocate: Callable = greedy_ranks,
+    amplify: float = 1 / 3,
+) -> Report:
+    """Put adapters into the model, in place, freeze all else, and return a report that prints.
+
+    calibrate   function without arguments that runs the model on a few thousand typical tokens
+    rank        the budget is what LoRA of this rank trains: sum_l (in + out)_l rank
+    targets     which linear layers, by parts of their names: "q_proj", "layers.0", "encoder";
+                None: all, but the output head and weights tied to another module's
+    exclude     which of them not
+    also_train  modules to train in full and to save along, as a new head; names as in targets
+    init        "svd_A": A0 from the weighted SVD, B0 = 0;  "svd": both factors (section 4)
+    importance  function (W, rms) -> theta;  lambda W, rms: sum(W.shape) gives equal ranks
+    allocate    greedy_ranks or knapsack_ranks
+    amplify     p: above 0 quiet directions are turned up, below 0 loud ones, at 0 none
+
+    Call it before making the optimizer, and before torch.compile, DDP or fully_shard.  ValueError
+    or TypeError for bad input; then the model is as it was.
+    """
+    check_bare(model)
+    if init not in ("svd_A", "svd"):
+        raise ValueError(f"{init=}: there are 'svd_A' and 'svd'")
+    if not callable(calibrate) and calibrate is not None:
+        raise TypeError(f"calibrate is a {type(calibrate).__name__}: give a function, lambda: ...")
     modules = dict(model.named_modules(remove_duplicate=False))
-    count, want = int(state.pop("aira.tensors", -1)), {k: own[k].shape for k in state if k in own}
-    names = [k[:-7] for k in state if k.endswith(".lora_A") and is_linear(modules.get(k[:-7]))]
-    for name in (name for name in names if plain(modules[name].weight)):
-        (out, width), r = out_in(modules[name]).shape, len(state[f"{name}.lora_A"])
-        k = len(state.get(f"{name}.loud", ()))
-        shapes = (r, width), (out, r), (k, width), (k + 1,), (r, width), (out, r)
-        for t, shape in zip(TENSORS[:6 if f"{name}.start_A" in state else 4], shapes):
-            want[f"{name}.{t}"] = torch.Size(shape)
-    odd = [k for k in {**want, **state} if k not in state or state[k].shape != want.get(k)
-           or not state[k].isfinite().all()]
-    need(names and not odd and count == len(state) and not hasattr(model, "_aira"),
-         f"{odd[:5]} are missing, unexpected, misshapen, NaN or inf; or not all {count} tensors of "
-         f"aira_state_dict are here ({len(state)}); or the model has adapters")
-    also = sorted({k.rpartition(".")[0] for k in state if k in own})
-    model._aira = {"trained": {name: p.requires_grad for name, p in model.named_parameters()},
-                   "also_train": also, "before": {k: own[k].clone() for k in state if k in own}}
-    model.requires_grad_(False)
-    for name in also: modules[name].requires_grad_(True)
-    for k in own.keys() & state.keys(): own[k].copy_(state[k])
-    swap(model, {id(modules[name]): AiraLinear(
-        modules[name], {t: state.get(f"{name}.{t}") for t in TENSORS}) for name in names})
-def swap(model, new):  # put new[id(module)] in the module's place, wherever it hangs
+    in_full = {modules[name] for name in select(modules, also_train, "also_train")}
+    layers = find_layers(model, targets, exclude, in_full)
+    trained = {}
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        if modules[key.rpartition(".")[0]] in in_full:
+            trained[key] = tensor
+
+    heard = listen(model, layers, calibrate)
+    rows = assign_ranks(layers, heard, rank, importance, allocate)
+    adapters = {}
+    for row in rows:
+        name = row.name
+        adapters[name] = start_adapter(layers[name], heard[name], row.rank, init, amplify)
+    install(model, adapters, trained)
+    return Report(rows, summary(model, rows, heard, trained))
+
+
+# ---- 6. Save, load, remove, merge, export ------------------------------------------------------
+
+
+class Adapted(NamedTuple):
+    """What remove_aira needs to give back the model that went in; hangs on it as model._aira."""
+
+    adapters: dict[str, AiraLinear]
+    trainable: list[nn.Parameter]
+    also_train: dict[str, Tensor]
+
+
+def find_adapters(model):
+    """The module that was adapted, inside of DDP and torch.compile, too."""
+    for module in model.modules():
+        if "_aira" in vars(module):
+            return module
+    raise ValueError("the model has no adapters: call apply_aira or load_aira first")
+
+
+def replace(model, new):
+    """Put new[module] in the module's place, wherever it hangs."""
     for parent in list(model.modules()):
-        parent._modules.update({k: new.get(id(m), m) for k, m in parent._modules.items()})
+        for name, child in parent._modules.items():
+            parent._modules[name] = new.get(child, child)
 
-def adapted(model):
-    """The module that was adapted (DDP and compile wrap it), and its {name: AiraLinear}."""
-    roots = [m for m in model.modules() if "_aira" in vars(m)]
-    need(len(roots) == 1, f"{len(roots)} models with AIRA adapters, not one: call apply_aira")
-    return roots[0], {n: m for n, m in roots[0].named_modules() if isinstance(m, AiraLinear)}
 
-def aira_state_dict(model):
-    """Copies of the adapters' and also_train's tensors, {name: tensor}, and their number."""
-    model, adapters = adapted(model)
-    state = {k: t.full_tensor() if hasattr(t, "full_tensor") else t.clone()  # sharded: gather
-             for k, t in model.state_dict().items()
-             if k.rpartition(".")[0] in adapters or inside(k, model._aira["also_train"])}
-    return {**state, "aira.tensors": torch.tensor(len(state))}  # lest half a file pass for all
+def install(model, adapters, trained):
+    """Freeze the model and put the adapters in, the first change to it."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    before = {key: tensor.detach().clone() for key, tensor in trained.items()}
+    model._aira = Adapted(adapters, trainable, before)
+    model.requires_grad_(False)
+    for tensor in trained.values():
+        tensor.requires_grad_(isinstance(tensor, nn.Parameter))
+    replace(model, {adapter.base: adapter for adapter in adapters.values()})
 
-def remove_aira(model, restore=True):
-    """Take the adapters off; what also_train trained goes back, too, if restore."""
-    model, adapters = adapted(model)
-    model.load_state_dict(model._aira["before"] if restore else {}, strict=False)
-    swap(model, {id(m): m.base for m in adapters.values()})
-    trained = vars(model).pop("_aira")["trained"]
-    for name, p in model.named_parameters(): p.requires_grad_(trained.get(name, p.requires_grad))
+
+def remove_aira(model: nn.Module) -> None:
+    """Take the adapters off: the model that went in, what also_train trained included."""
+    model = find_adapters(model)
+    adapters, trainable, before = vars(model).pop("_aira")
+    replace(model, {adapter: adapter.base for adapter in adapters.values()})
+    model.load_state_dict(before, strict=False)
+    model.requires_grad_(False)
+    for p in trainable:
+        p.requires_grad_(True)
+
 
 @torch.no_grad()
-def merge_aira(model):
+def merge_aira(model: nn.Module) -> None:
     """Fold the adapters into the base's own layers; ValueError, nothing changed, for NaN or inf."""
-    adapters = adapted(model)[1]
-    broken = [name for name, m in adapters.items() if not m.weight.isfinite().all()]
-    need(not broken, f"merging would write NaN or inf into {broken[:5]}: the run has diverged")
-    for m in adapters.values(): m.base.weight.copy_(m.weight)
-    remove_aira(model, restore=False)
+    model = find_adapters(model)
+    for name, adapter in model._aira.adapters.items():
+        if not adapter.weight.isfinite().all():
+            raise ValueError(f"merging would write NaN or inf to {name!r}: the run has diverged")
+    for adapter in model._aira.adapters.values():
+        adapter.base.weight.copy_(adapter.weight)
+    model._aira.also_train.clear()  # what was trained in full stays
+    remove_aira(model)
 
-def save_peft(model, directory):
-    """Write a plain LoRA for Hugging Face PEFT and servers; ValueError for what it cannot hold."""
-    model, adapters = adapted(model)
-    also, kind = model._aira["also_train"], type(model).__name__
-    also = [n for n in also if not inside(n.rpartition(".")[0], also)]  # the outermost
-    odd = [n for n, m in model.named_modules(remove_duplicate=False)  # shared, or like also_train
-           if isinstance(m, AiraLinear) and n not in adapters
-           or n.endswith(tuple(also)) and not inside(n, also)]
-    odd += [n for n in also if any(x.endswith(n) for x in ("lora_dropout", "base_layer", "A", "B"))]
-    kept = {id(p) for name in also for p in model.get_submodule(name).parameters()}
-    odd += [n for n, p in model.named_parameters(remove_duplicate=False)  # tied
-            if id(p) in kept and not inside(n, also)]
-    need(not odd, f"PEFT would confuse {odd[:5]} with others: use merge_aira and save the model")
-    tensors, ranks = {k: t for k, t in model.state_dict().items() if inside(k, also)}, {}
-    for name, m in adapters.items():
-        tensors[f"{name}.lora_B.weight"], tensors[f"{name}.lora_A.weight"] = m.factors()
-        ranks["^" + re.escape(name)] = len(tensors[f"{name}.lora_A.weight"])  # a regular expression
-    settings = {
-        "peft_type": "LORA", "r": 1, "lora_alpha": 1, "rank_pattern": ranks, "alpha_pattern": ranks,
-        "target_modules": "|".join(map(re.escape, adapters)), "modules_to_save": also or None,
-        "fan_in_fan_out": all(is_conv1d(m.base) for m in adapters.values()),
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", None),
-        "task_type": "CAUSAL_LM" if kind.endswith(("ForCausalLM", "LMHeadModel")) else
-        "SEQ_CLS" if "SequenceClass" in kind and {"classifier", "score"} & {*also} else None}
-    pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
-    pathlib.Path(directory, "adapter_config.json").write_text(json.dumps(settings, indent=2))
-    torch.save({f"base_model.model.{k}": t.detach().cpu().contiguous() for k, t in tensors.items()},
-               pathlib.Path(directory, "adapter_model.bin"))
+
+def aira_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the adapters' tensors and of what also_train names, for torch.save."""
+    model = find_adapters(model)
+    adapters, _, also_train = model._aira
+    state = {}
+    for key, tensor in model.state_dict().items():
+        if key.rpartition(".")[0] in adapters or key in also_train:
+            state[key] = tensor.clone()
+    return state
+
+
+@torch.no_grad()
+def load_aira(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put the adapters of an aira_state_dict on the base model, to use it or to train on.
+
+    Ranks are the tensors' shapes; nothing is computed anew.
+    """
+    if not isinstance(state, dict):
+        raise TypeError(f"load_aira takes the dict that torch.load returns, not {state!r}")
+    check_bare(model)
+    own = model.state_dict(keep_vars=True)
+    parts, also_train = {}, {}
+    for key, tensor in state.items():
+        name, _, part = key.rpartition(".")
+        if f"{name}.lora_A" in state:
+            parts.setdefault(name, {})[part] = tensor.clone()
+        elif key in own and own[key].shape == tensor.shape:
+            also_train[key] = own[key]
+        else:
+            raise ValueError(f"{key!r} {tuple(tensor.shape)} has no place in {type(model)}")
+    adapters = {}
+    for name, tensors in parts.items():
+        try:
+            layer = model.get_submodule(name)
+            adapters[name] = AiraLinear(layer, **tensors).to(layer.weight.device)
+            adapters[name].weight.isfinite()  # all shapes must fit
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{name!r} does not fit this model: {error}") from error
+    install(model, adapters, also_train)
+    model.load_state_dict({key: state[key] for key in also_train}, strict=False)
+
+
+def save_peft(model: nn.Module, directory: str | Path) -> None:
+    """Write a plain LoRA: PeftModel.from_pretrained(base, directory).
+
+    ValueError where PEFT, which knows modules by the ends of their names, would take others.
+    """
+    model = find_adapters(model)
+    adapters, _, also_train = model._aira
+    tensors = {key: model.state_dict()[key] for key in also_train}
+    # PEFT takes modules_to_save for ends of names, and adapts a shared module in one place only.
+    modules_to_save = sorted({key.rpartition(".")[0] for key in also_train})
+    for name, module in model.named_modules(remove_duplicate=False):
+        alike = name.endswith(tuple(modules_to_save)) and name not in modules_to_save
+        shared = isinstance(module, AiraLinear) and name not in adapters
+        if alike or shared:
+            raise ValueError(f"PEFT would confuse {name!r}: use merge_aira and save the model")
+    ranks = {}
+    for name, adapter in adapters.items():
+        tensors[f"{name}.lora_B.weight"], tensors[f"{name}.lora_A.weight"] = adapter.factors()
+        ranks[f"^{re.escape(name)}"] = len(tensors[f"{name}.lora_A.weight"])
+    config = {
+        "peft_type": "LORA",
+        "target_modules": "|".join(re.escape(name) for name in adapters),
+        "rank_pattern": ranks,  # for PEFT regular expressions, which "^" holds to whole names
+        "alpha_pattern": ranks,  # alpha / rank = 1, for s is in B
+        "modules_to_save": modules_to_save or None,
+    }
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
+    tensors = {f"base_model.model.{k}": t.detach().cpu().contiguous() for k, t in tensors.items()}
+    try:
+        from safetensors.torch import save_file
+
+        save_file(tensors, folder / "adapter_model.safetensors")
+    except ImportError:
+        torch.save(tensors, folder / "adapter_model.bin")
