@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""Fine-tune two small transformers with LoRA, with AIRA and in full, and see which learns faster.
+"""Fine-tune two small transformers with LoRA, with AIRA and in full: which learns faster?
 
-    python train_toy.py              # two CPU cores or a GPU, some minutes, no downloads
-    python train_toy.py --full       # every number in README: all methods, five seeds, an hour
+    python train_toy.py           # some minutes on two CPU cores or on a GPU; no downloads
+    python train_toy.py --full    # every number in README: all methods, five seeds, two hours
     python train_toy.py --full --model vit --only LoRA AIRA
 
-GPT: a language model over bytes reads Python's standard library, then moves to C++, the headers
-that come with torch.  ViT: a vision transformer tells 64 glyphs of straight strokes apart, then 32
-of curved strokes, in negative.  Files (or images) are training, validation or test.
+GPT: a language model over bytes has read modules of Python's standard library and moves to C++,
+the headers of torch's core library.  ViT: a vision transformer tells 64 glyphs of straight strokes
+apart and moves to 32 of curved strokes, in negative.  Each is pretrained once, and kept in .cache.
 
-All methods get the same data in the same order, AdamW (one row: Muon), gradients clipped at norm 1,
-10 % warm-up, then a cosine to 10 %.  Every method is run at its own best learning rate, and scale
-where it has one: chosen on validation, on seeds of their own, from a grid that grows until the best
-lies inside.  LoRA's rank sets the budget for all.
+All methods see the same data in the same order: AdamW (one row: Muon), gradients clipped at norm 1,
+10 % warm-up, a cosine to 10 %.  Each runs at its own best learning rate (and scale), chosen on
+validation data and on seeds of their own, from a grid that grows until the best lies inside.
 """
 
 import argparse
@@ -41,7 +40,11 @@ from aira import AiraLinear, apply_aira
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONTEXT = 64  # bytes in a window
-LAYERS = ["qkv", "proj", "up", "down"]  # adapted: all but the embedding and the head
+TASKS = {
+    "gpt": "GPT, from Python to C++ (nats a byte)",
+    "vit": "ViT, from glyphs of straight strokes to curved ones, in negative (nats)",
+}
+LAYERS = ["qkv", "proj", "up", "down"]  # those adapted: all but the embedding and the head
 
 
 class Preset(NamedTuple):
@@ -49,20 +52,20 @@ class Preset(NamedTuple):
 
     width: int
     layers: int
-    pretraining: dict[str, int]  # steps
+    pretraining: int  # steps
     rank: int
-    steps: int  # of fine-tuning
-    tuning_seeds: list[int]
-    seeds: list[int]
+    steps: int
+    tuning_seeds: range
+    seeds: range
     tests: int  # points of a curve
 
 
 PRESETS = {
-    "smoke": Preset(32, 1, {"gpt": 20, "vit": 20}, 4, 10, [101], [1, 2], 5),
-    "default, cpu": Preset(64, 3, {"gpt": 2000, "vit": 4000}, 8, 80, [101], [1, 2, 3], 8),
-    "default, cuda": Preset(128, 4, {"gpt": 2000, "vit": 4000}, 8, 80, [101], [1, 2, 3], 8),
-    "full, cpu": Preset(96, 4, {"gpt": 10_000, "vit": 10_000}, 16, 100, [101, 102], [1, 2, 3, 4, 5], 10),
-    "full, cuda": Preset(512, 8, {"gpt": 20_000, "vit": 20_000}, 16, 100, [101, 102], [1, 2, 3, 4, 5], 10),
+    "smoke": Preset(32, 1, 20, 4, 10, range(101, 102), range(2), 5),
+    "default, cpu": Preset(64, 3, 3000, 8, 80, range(101, 102), range(3), 8),
+    "default, cuda": Preset(128, 4, 3000, 8, 80, range(101, 102), range(3), 8),
+    "full, cpu": Preset(96, 4, 10_000, 16, 100, range(101, 103), range(5), 10),
+    "full, cuda": Preset(512, 8, 20_000, 16, 100, range(101, 103), range(5), 10),
 }
 
 
@@ -80,10 +83,9 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x):
-        b, t, d = x.shape
-        heads = self.qkv(self.norm1(x)).view(b, t, 3, self.heads, 32).permute(2, 0, 3, 1, 4)
+        heads = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, 32)).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(*heads, is_causal=self.causal)
-        x = x + self.proj(mixed.transpose(1, 2).reshape(b, t, d))
+        x = x + self.proj(mixed.transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
@@ -93,15 +95,15 @@ class Transformer(nn.Module):
     def __init__(self, kind, width, layers):
         super().__init__()
         self.causal = kind == "gpt"
+        self.new_head = False  # set when the head is to be learnt anew
         self.embedding = nn.Embedding(256, width) if self.causal else nn.Linear(64, width)
         self.places = nn.Embedding(CONTEXT, width)
         self.blocks = nn.Sequential(*(Block(width, self.causal) for _ in range(layers)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 256 if self.causal else 64)
-        for name, p in self.named_parameters():
+        for p in self.parameters():
             if p.dim() == 2:
-                into_residual = name.endswith(("proj.weight", "down.weight"))
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * layers) if into_residual else 0.02)
+                nn.init.normal_(p, std=0.02)
 
     def forward(self, x):
         h = self.embedding(x) + self.places.weight[: x.shape[1]]
@@ -110,66 +112,51 @@ class Transformer(nn.Module):
 
 
 # ---- 2. Data -----------------------------------------------------------------------------------
-# A part (training, validation, test) is (x, y, group), tensors with a row for each example.
-# Examples of one group, the windows of a file, are not independent; errors are computed by group.
+# Three parts, training, validation and test.  Each is (x, y, group), a row for each example;
+# examples of one group, the windows of a file, are not independent of each other.
 
 
-def texts(folder, pattern):
-    """The files as windows of bytes; validation has at most 512 of them, test 1,024.
-
-    Much code is copied or generated, so large files, some folders and repeated longer lines are
-    left out.
-    """
-    skip = {"site-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data"}
-    skip |= {"pybind11", "ops", "generated"}
-    paths = []
-    for path in sorted(Path(folder).rglob(pattern)):
-        if path.stat().st_size < 200_000 and not skip & set(path.relative_to(folder).parts):
-            paths.append(path)
+def texts(paths):
+    """Files as windows of bytes; at most 512 of them in validation, 1,024 in test."""
+    paths = sorted(paths)
     random.Random(0).shuffle(paths)
-    seen, windows, files = set(), ([], [], []), ([], [], [])
+    windows, files = ([], [], []), ([], [], [])
     for number, path in enumerate(paths):
-        part = {0: 1, 1: 2}.get(number % 8, 0)
-        text = b""
-        for line in path.read_bytes().splitlines(keepends=True):
-            if len(line) < 20 or line not in seen:
-                text += line
-                seen.add(line)
+        part, text = {0: 1, 1: 2}.get(number % 8, 0), path.read_bytes()
         for start in range(0, len(text) - CONTEXT, CONTEXT + 1):
-            windows[part].append(text[start : start + CONTEXT + 1])
+            windows[part].append(np.frombuffer(text, np.uint8, CONTEXT + 1, start))
             files[part].append(number)
-    if min(len(part) for part in windows) < 1024:
-        sys.exit(f"too little text, {pattern} in {folder}: use a Python and a torch with sources")
+    if len(windows[2]) < 1024:
+        sys.exit("too little text: use a Python with its library's sources, torch with its headers")
     parts = []
     for rows, group, most in zip(windows, files, (None, 512, 1024), strict=True):
-        x = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(len(rows), -1)
-        some = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:most]
-        x = x[some].long().to(DEVICE)
-        parts.append((x[:, :-1], x[:, 1:], torch.tensor(group)[some]))
+        some = np.random.default_rng(0).permutation(len(rows))[:most]
+        x = torch.tensor(np.stack(rows)[some]).long().to(DEVICE)
+        parts.append((x[:, :-1], x[:, 1:], np.array(group)[some]))
     return parts
 
 
 def glyphs(classes, sizes, curved, seed):
-    """Noisy images of glyphs with four strokes, 32 x 32, as patches (n, 16, 64); three parts.
+    """Noisy images (32, 32) of glyphs with four strokes, as patches (n, 16, 64), labels (n,).
 
-    Every image bends and shifts its glyph a little.  Curved ones are in negative.
+    Each image warps and shifts its glyph a little; curved ones are in negative.
     """
     rng, n, grid = np.random.default_rng(seed), sum(sizes), np.linspace(-1, 1, 32, dtype="f")
-    ends = rng.uniform(-0.7, 0.7, (2, classes, 4, 1, 2))
+    t = np.linspace(0, 1, 24)[:, None]  # 24 points along each stroke
+    begin, end = rng.uniform(-0.7, 0.7, (2, classes, 4, 1, 2))
     bend = rng.uniform(-0.6, 0.6, (classes, 4, 1, 2)) * curved
-    t = np.linspace(0, 1, 24)[:, None]
-    strokes = (1 - t) * ends[0] + t * ends[1] + 4 * t * (1 - t) * bend
+    strokes = (1 - t) * begin + t * end + 4 * t * (1 - t) * bend
     label = rng.integers(classes, size=n)
-    warp = np.eye(2) + rng.normal(0, 0.1, (n, 2, 2))
-    shift = rng.normal(0, 0.12, (n, 1, 2))
+    warp, shift = np.eye(2) + rng.normal(0, 0.1, (n, 2, 2)), rng.normal(0, 0.12, (n, 1, 2))
     points = (strokes.reshape(classes, 96, 2)[label] @ warp + shift).astype("f")
-    x = np.exp(-(((points[:, :, [0]] - grid) / 0.075) ** 2))
-    y = np.exp(-(((points[:, :, [1]] - grid) / 0.075) ** 2))
+    x = np.exp(-(((points[:, :, :1] - grid) / 0.075) ** 2))
+    y = np.exp(-(((points[:, :, 1:] - grid) / 0.075) ** 2))
     ink = rng.uniform(0.5, 1.5, (n, 1, 1)) * (1 - 2 * curved)
     images = np.minimum(y.swapaxes(1, 2) @ x, 1) * ink + rng.normal(0, 0.2, (n, 32, 32))
-    patches = images.astype("f").reshape(n, 4, 8, 4, 8).swapaxes(2, 3).reshape(n, 16, 64)
-    columns = [torch.tensor(patches).to(DEVICE), torch.tensor(label).to(DEVICE), torch.arange(n)]
-    return list(zip(*(column.split(sizes) for column in columns), strict=True))
+    patches = images.reshape(n, 4, 8, 4, 8).swapaxes(2, 3).reshape(n, 16, 64)
+    columns = torch.tensor(patches, device=DEVICE).float(), torch.tensor(label, device=DEVICE)
+    parts = zip(*(column.split(sizes) for column in columns), strict=True)
+    return [(x, y, np.arange(len(y))) for x, y in parts]
 
 
 # ---- 3. Training -------------------------------------------------------------------------------
@@ -186,87 +173,427 @@ def evaluate(model, part):
 
 
 def make_optimizers(model, rate, muon):
-    """AdamW; or Muon for the blocks' matrices, its updates scaled to AdamW's size, and AdamW."""
-    head = [p for p in model.head.parameters() if model.new_head]  # whose rate is not tuned
+    """AdamW; with muon, Muon for the blocks' matrices, its updates scaled to AdamW's size."""
     matrices = [p for p in model.blocks.parameters() if muon and p.dim() == 2]
-    special = {id(p) for p in head + matrices}
-    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in special]
-    groups = [{"params": rest, "lr": rate}, {"params": head, "lr": 0.008}]
-    optimizers = [torch.optim.AdamW(groups, weight_decay=0)]
+    head = list(model.head.parameters()) if model.new_head else []  # its rate is not tuned
+    others = {id(p) for p in matrices + head}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in others]
+    groups = [{"params": rest}, {"params": head, "lr": 0.008}]
+    optimizers = [torch.optim.AdamW(groups, rate, weight_decay=0)]
     if muon:
-        settings = {"weight_decay": 0, "adjust_lr_fn": "match_rms_adamw"}
-        optimizers.append(torch.optim.Muon(matrices, rate, **settings))
+        adjust = {"weight_decay": 0, "adjust_lr_fn": "match_rms_adamw"}
+        optimizers.append(torch.optim.Muon(matrices, rate, **adjust))
     return optimizers
 
 
 def train(model, part, rate, steps, seed, test, tests=1, muon=False):
-    """Train what requires a gradient -> curve, evaluate(model, test) so many times, the last at
-    the end; the median seconds of a step."""
-    optimizers = make_optimizers(model, rate, muon)
-    starts = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    trained = [p for p in model.parameters() if p.requires_grad]
+    """Train what requires a gradient -> [evaluate(model, test)] at so many steps, the last one at
+    the end; the seconds of a step, a median."""
+
+    def factor(step):
+        return min(1, 10 * (step + 1) / steps) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+
+    tools = make_optimizers(model, rate, muon)
+    tools += [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in tools]
     order = torch.Generator().manual_seed(seed)
     curve, seconds = [], []
     for step in range(1, steps + 1):
         rows = torch.randint(len(part[0]), (16 if model.causal else 32,), generator=order)
         x, y = part[0][rows.to(DEVICE)], part[1][rows.to(DEVICE)]
         start = time.perf_counter()
-        factor = min(1, 10 * step / steps) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
         model.zero_grad()
         F.cross_entropy(model(x).flatten(0, -2), y.flatten()).backward()
-        nn.utils.clip_grad_norm_(trained, 1.0).item()  # which waits for a GPU
-        for optimizer, rates in zip(optimizers, starts, strict=True):
-            for group, full in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = factor * full
-            optimizer.step()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()  # which waits for a GPU
+        for tool in tools:  # the optimizers, then their schedules
+            tool.step()
         seconds.append(time.perf_counter() - start)
         if step * tests // steps > (step - 1) * tests // steps:
             curve.append(evaluate(model, test))
     return curve, statistics.median(seconds)
 
 
-@functools.cache
-def prepare(kind, preset):
-    """The base, pretrained unless cached; what it knows; the new task's three parts."""
+def pretrain(task):
+    """Pretrain a base, unless it is in .cache already -> its path; what it knows, in words."""
+    kind, preset = task
     size = PRESETS[preset]
+    if kind == "gpt":
+        part, _, test = texts(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    else:
+        part, _, test = glyphs(64, [25_600, 512, 2048], curved=False, seed=0)
+    key = hashlib.sha256(part[0].cpu().numpy().tobytes())  # other data or code: another base
+    for code in (Block, Transformer, make_optimizers, train, pretrain):
+        key.update(inspect.getsource(code).encode())
+    path = Path(__file__).parent / f".cache/{kind}-{preset}-{key.hexdigest()[:12]}.pt"
     torch.manual_seed(0)
     model = Transformer(kind, size.width, size.layers).to(DEVICE)
-    model.new_head = False
-    if model.causal:
-        old = texts(sysconfig.get_paths()["stdlib"], "*.py")
-        new = texts(Path(torch.__file__).parent / "include", "*.h")
-    else:
-        old = glyphs(64, [25_600, 512, 2048], False, seed=0)
-        new = glyphs(32, [3200, 512, 1024], True, seed=1)
-    code = [inspect.getsource(f) for f in (Block, Transformer, make_optimizers, train, prepare)]
-    data = hashlib.sha256(old[0][0].cpu().numpy().tobytes() + str((code, size)).encode())
-    path = Path(__file__).parent / f".cache/{kind}-{data.hexdigest()[:16]}.pt"
     if not path.exists():
+        train(model, part, 0.003 * min(1, 96 / size.width), size.pretraining, 0, test)
         path.parent.mkdir(exist_ok=True)
-        train(model, old[0], 0.003 * min(1, 96 / size.width), size.pretraining[kind], 0, old[2])
         torch.save(model.state_dict(), path)
     model.load_state_dict(torch.load(path, map_location=DEVICE))
-    loss = f"{evaluate(model, old[2]).mean():.3f}"
-    if model.causal:
-        return model, f"reads Python at {loss} nats a byte", new
-    right = (model(old[2][0]).argmax(1) == old[2][1]).float().mean()
-    model.head, model.new_head = nn.Linear(size.width, 32).to(DEVICE), True  # all methods train it
-    return model, f"tells {right:.0%} of the old glyphs", new
+    if kind == "gpt":
+        return path, f"on Python {evaluate(model, test).mean():.3f} nats a byte"
+    with torch.no_grad():
+        right = (model(test[0]).argmax(1) == test[1]).float().mean()
+    return path, f"{right:.1%} of straight glyphs right"
+
+
+@functools.cache
+def load(kind, preset, path):
+    """The base, and the three parts of the new task."""
+    torch.manual_seed(0)
+    model = Transformer(kind, *PRESETS[preset][:2]).to(DEVICE)
+    model.load_state_dict(torch.load(path, map_location=DEVICE))
+    if kind == "gpt":
+        return model, texts((Path(torch.__file__).parent / "include/c10").rglob("*.h"))
+    model.head, model.new_head = nn.Linear(model.head.in_features, 32).to(DEVICE), True
+    return model, glyphs(32, [3200, 512, 1024], curved=True, seed=1)
 
 
 # ---- 4. Methods --------------------------------------------------------------------------------
-# Functions (model, part, rank, **settings) that freeze the model and put adapters into it.
+# Functions (model, part, rank, **settings) that freeze a model and put adapters into it.
 
 
 def lora(model, part, rank, scale=1):
-    """The baseline, y = W x + scale B A x, scale = alpha / rank; A and B start as in PEFT."""
+    """The baseline, y = W x + scale B A x, scale = alpha / rank; A and B start as PEFT's."""
     model.requires_grad_(False)
-    for layer in adapted_layers(model):
-        A = layer.weight.new_empty(rank, layer.in_features)
-        layer.lora_A = nn.Parameter(nn.init.kaiming_uniform_(A, a=math.sqrt(5)))
-        layer.lora_B = nn.Parameter(layer.weight.new_zeros(layer.out_features, rank))
+    for block in model.blocks:
+        for layer in (block.qkv, block.proj, block.up, block.down):
+            A = layer.weight.new_empty(rank, layer.in_features)
+            layer.lora_A = nn.Parameter(nn.init.kaiming_uniform_(A, a=math.sqrt(5)))
+            layer.lora_B = nn.Parameter(layer.weight.new_zeros(layer.out_features, rank))
 
-        def add(layer, args, y):
-            return y + scale * F.linear(F.linear(args[0], layer.lora_A), layer.lora_B)
+            def add(layer, args, y):
+                return y + scale * F.linear(F.linear(args[0], layer.lora_A), layer.lora_B)
 
-        layer.register_forward_hook(add)
+            layer.register_forward_hook(add)
+
+
+def some_batches(part):
+    """What methods that listen to the model may listen to: 16 batches of 16."""
+    return part[0][torch.randperm(len(part[0]))[:256]].split(16)
+
+
+def aira(model, part, rank, random_start=False, **options):
+    """AIRA, with apply_aira's options; random_start: A0's rows keep their lengths only."""
+    batches = some_batches(part)
+    apply_aira(model, lambda: [model(x) for x in batches], rank=rank, targets=LAYERS, **options)
+    for layer in model.modules():
+        if random_start and isinstance(layer, AiraLinear):
+            lengths = layer.lora_A.data.norm(dim=1, keepdim=True)
+            layer.lora_A.data = F.normalize(torch.randn_like(layer.lora_A)) * lengths
+
+
+class Named(nn.Module):
+    """PEFT wants models that are called with names."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x)
+
+
+def peft(model, part, rank, scale=1, start=True, **options):
+    """A variant of LoRA from Hugging Face's PEFT; start: init_lora_weights."""
+    from peft import CordaConfig, EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
+    from peft.tuners.lora.corda import preprocess_corda
+
+    named, batches = Named(model), some_batches(part)
+    config = LoraConfig(r=rank, lora_alpha=scale * rank, target_modules=LAYERS, **options)
+    config.init_lora_weights = start
+    if start == "corda":
+        config.corda_config = CordaConfig(corda_method="ipm")
+        with torch.no_grad():
+            preprocess_corda(named, config, lambda: [model(x[None]) for x in torch.cat(batches)])
+    if start == "eva":
+        config.eva_config = EvaConfig()
+    adapted = get_peft_model(named, config, low_cpu_mem_usage=False)
+    if start == "eva":
+        initialize_lora_eva_weights(
+            adapted,
+            [{"x": x} for x in batches],
+            forward_fn=lambda model, inputs: model(**inputs),
+            prepare_model_inputs_fn=None,
+            prepare_layer_inputs_fn=lambda x, *_: (x[0] if isinstance(x, tuple) else x).flatten(
+                0, 1
+            ),
+            show_progress_bar=False,
+        )
+
+
+def full(model, part, rank):
+    """Full fine-tuning: every weight."""
+
+
+def equal(W, rms):
+    """As importance, it gives every layer the same rank."""
+    return sum(W.shape)
+
+
+def owl_share(W, rms):
+    """OWL's: the share of weights of more than five times the mean significance."""
+    significance = W.abs() * rms
+    return (significance > 5 * significance.mean()).double().mean()
+
+
+class Method(NamedTuple):
+    """A row of the table: what it does, and where the search for its rate begins."""
+
+    put: Callable
+    rate: float
+    settings: list[dict] = [{}]  # of several the best on validation
+    letter: str = ""  # in the chart of the default run
+    rank: float = 1  # times the preset's
+    steps: int = 1  # times the preset's
+    muon: bool = False
+
+
+SCALES = [{"scale": scale} for scale in (1, 2, 4, 8, 16, 32)]
+NO_START, NO_RANKS, NO_G = {"random_start": True}, {"importance": equal}, {"amplify": 0}
+METHODS = {
+    "LoRA": Method(lora, 0.008, letter="L"),
+    "LoRA, best scale": Method(lora, 0.004, SCALES, letter="S"),
+    "AIRA": Method(aira, 0.016, letter="A"),
+    "full fine-tuning": Method(full, 0.002, letter="f"),
+    "full, Muon": Method(full, 0.002, muon=True),
+    "AIRA less start": Method(aira, 0.016, [NO_START]),
+    "AIRA less ranks": Method(aira, 0.016, [NO_RANKS]),
+    "AIRA less G": Method(aira, 0.016, [NO_G]),
+    "LoRA + start": Method(aira, 0.016, [NO_RANKS | NO_G]),
+    "LoRA + ranks": Method(aira, 0.016, [NO_START | NO_G]),
+    "LoRA + G": Method(aira, 0.016, [NO_START | NO_RANKS]),
+    "letter: both factors": Method(aira, 0.008, [{"init": "svd"}]),
+    "letter: OWL's share": Method(aira, 0.016, [{"importance": owl_share}]),
+    "letter: loud amplified": Method(aira, 0.008, [{"amplify": -0.25}]),
+    "LoRA, half rank": Method(lora, 0.008, rank=0.5),
+    "AIRA, half rank": Method(aira, 0.016, rank=0.5),
+    "LoRA, 4 x steps": Method(lora, 0.008, steps=4),
+    "best scale, 4 x steps": Method(lora, 0.004, SCALES[1:5], steps=4),
+    "AIRA, 4 x steps": Method(aira, 0.016, steps=4),
+    "DoRA": Method(peft, 0.008, [scale | {"use_dora": True} for scale in SCALES[:5:2]]),
+    "EVA": Method(peft, 0.008, [scale | {"start": "eva"} for scale in SCALES[:5:2]]),
+    "CorDA": Method(peft, 0.002, [scale | {"start": "corda"} for scale in SCALES[:3]]),
+    "PiSSA": Method(peft, 0.002, [scale | {"start": "pissa"} for scale in SCALES[:3]]),
+}
+
+
+# ---- 5. Experiment -----------------------------------------------------------------------------
+
+
+class Job(NamedTuple):
+    """One fine-tuning."""
+
+    kind: str
+    preset: str
+    base: Path
+    name: str
+    setting: int
+    rate: float
+    seed: int = 0
+    part: int = 1  # watched: 1 validation, 2 test
+
+
+class Run(NamedTuple):
+    """What came of it."""
+
+    curve: list[float]  # mean losses
+    losses: np.ndarray  # at the end, of every window or image
+    trained: int  # parameters
+    setup: float  # seconds
+    step: float  # seconds
+
+
+def run(job):
+    base, parts = load(job.kind, job.preset, job.base)
+    size, method = PRESETS[job.preset], METHODS[job.name]
+    torch.manual_seed(job.seed)
+    model = copy.deepcopy(base)
+    start = time.perf_counter()
+    method.put(model, parts[0], round(method.rank * size.rank), **method.settings[job.setting])
+    setup = time.perf_counter() - start
+    if model.new_head:
+        model.head.requires_grad_(True)  # by all methods
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    steps, tests = method.steps * size.steps, size.tests if job.part == 2 else 1
+    watched = parts[job.part]
+    curve, step = train(model, parts[0], job.rate, steps, job.seed, watched, tests, method.muon)
+    return Run([float(c.mean()) for c in curve], curve[-1], trained, setup, step)
+
+
+def search(job):
+    """{rate: validation loss}, with the best of them inside."""
+    rates, losses = [job.rate / 2, job.rate, job.rate * 2], {}
+    while rates:
+        for rate in rates:
+            jobs = [job._replace(rate=rate, seed=s) for s in PRESETS[job.preset].tuning_seeds]
+            losses[rate] = np.nan_to_num(np.mean([run(one).curve[-1] for one in jobs]), nan=np.inf)
+        best = min(losses, key=losses.get)
+        rates = [best / 2] * (best == min(losses)) + [best * 2] * (best == max(losses))
+    return losses
+
+
+def everywhere(pool, function, items):
+    """[function(item)], on all cores, with the time left on a terminal."""
+    start, futures = time.monotonic(), [pool.submit(function, item) for item in items]
+    for done, _ in enumerate(as_completed(futures), 1):
+        left = (time.monotonic() - start) * (len(items) / done - 1)
+        if sys.stderr.isatty():
+            print(f"\r{function.__name__}: {left:.0f} s left  \r", end="", file=sys.stderr)
+    return [future.result() for future in futures]
+
+
+# ---- 6. Report ---------------------------------------------------------------------------------
+
+
+def steps_to(goal, run, steps):
+    """Where the test loss first comes to the goal, linear between tests; inf if it never does."""
+    lowest = np.minimum.accumulate(run.curve)
+    if lowest[-1] > goal:
+        return math.inf
+    places = np.linspace(0, steps, len(lowest) + 1)[1:]
+    return float(np.interp(-goal, -lowest, places))  # interp wants rising values
+
+
+def error(values):
+    """The standard error of a mean of independent values."""
+    return np.std(values, ddof=1) / math.sqrt(len(values))
+
+
+def clustered_error(values, groups):
+    """The same where the values of a group are not independent."""
+    rest = values - values.mean()
+    sums = [rest[groups == group].sum() for group in np.unique(groups)]
+    return math.sqrt(np.square(sums).sum()) / len(values)
+
+
+def chart(curves, goal, steps, width=66, height=15):
+    """Curves {letter: losses} over the steps, as text; dots mark the goal."""
+    places = np.linspace(0, steps, len(curves["L"]) + 1)[1:]
+    x = np.linspace(places[0], steps, width)
+    lines = {letter: np.interp(x, places, curve) for letter, curve in curves.items()}
+    top, bottom = lines["L"][width // 4], min(line.min() for line in lines.values())
+    canvas = np.full((height, width), " ")
+    for letter, line in [(".", np.full(width, goal)), *reversed(lines.items())]:
+        rows = np.rint((top - line) / (top - bottom) * (height - 1)).astype(int)
+        seen = (rows >= 0) & (rows < height)
+        canvas[rows[seen], np.arange(width)[seen]] = letter
+    for level, row in zip(np.linspace(top, bottom, height), canvas, strict=True):
+        print(f"{level:8.3f} |{''.join(row)}")
+    print(f"{'step':>8} {places[0]:<8.0f}{steps:>{width - 7}}\n")
+
+
+def speed(runs, others, steps):
+    """To the others' final loss: the steps, +- over seeds, and their time's share, as text."""
+    to, share = [], []
+    for run, other in zip(runs, others, strict=True):
+        to.append(steps_to(other.curve[-1], run, steps))
+        share.append((run.setup + to[-1] * run.step) / (other.setup + steps * other.step))
+    if not np.isfinite(to).all():
+        return "never", ""
+    return f"{np.mean(to):.0f} +-{error(to):.0f}", f"{np.mean(share):.0%}"
+
+
+def table(results, jobs, steps):
+    """A row for each method."""
+    print(f"{'to LoRA`s final loss':>80}".replace("`", "'"))
+    print("method                 scale    rate  trained   test loss         steps    time")
+    for name, runs in results.items():
+        many = METHODS[name].steps
+        goal = results["LoRA" if many == 1 else "LoRA, 4 x steps"]
+        scale = METHODS[name].settings[jobs[name].setting].get("scale", "")
+        final = [run.curve[-1] for run in runs]
+        to, share = speed(runs, goal, many * steps)
+        print(
+            f"{name:22} {scale:5} {jobs[name].rate:7.3g} {runs[0].trained:8,}  "
+            f"{np.mean(final):.4f} +-{error(final):.4f} {to:>10} {share:>7}"
+        )
+
+
+def differences(results, groups, goal):
+    """Final losses minus those of one method, with errors over seeds and over files or images."""
+    print(f"\nfinal test loss minus that of: {goal:22}   +-seeds  +-files")
+    theirs = np.array([run.losses for run in results[goal]])
+    for name, runs in results.items():
+        less = np.array([run.losses for run in runs]) - theirs
+        seeds, files = error(less.mean(axis=1)), clustered_error(less.mean(axis=0), groups)
+        print(f"{name:44} {less.mean():+8.4f} {seeds:9.4f} {files:8.4f}")
+
+
+def report(kind, known, results, jobs, options):
+    """All that is printed of one model."""
+    job = jobs["LoRA"]
+    size, (_, parts) = PRESETS[job.preset], load(kind, job.preset, job.base)
+    print(f"\n{TASKS[kind]}; the base: {known}.\n")
+    lettered = {name: runs for name, runs in results.items() if METHODS[name].letter}
+    curves = {
+        METHODS[n].letter: np.mean([r.curve for r in runs], 0) for n, runs in lettered.items()
+    }
+    goal = curves["L"][-1]
+    chart(curves, goal, size.steps)
+    table(results, jobs, size.steps)
+    if "AIRA" in results:
+        to, share = speed(results["AIRA"], results["LoRA"], size.steps)
+        sentence = f"after {to} of {size.steps} steps, in {share} of its time."
+        if not share:
+            sentence = f"never in {size.steps} steps."
+        print(f"\nAIRA reached LoRA's final loss {sentence}")
+    if options.full:
+        for goal in [name for name in ("LoRA", "LoRA, best scale") if name in results]:
+            differences(results, parts[2][2], goal)
+    if options.plot:
+        from matplotlib import pyplot
+
+        for letter, curve in curves.items():
+            pyplot.plot(np.linspace(0, size.steps, len(curve) + 1)[1:], curve, label=letter)
+        pyplot.legend()
+        pyplot.savefig(f"{kind}-{options.plot}")
+        pyplot.close()
+
+
+def best_jobs(pool, kind, preset, path, names):
+    """{name: job}, each method's setting and rate best on validation."""
+    jobs = []
+    for name in sorted(names, key=lambda name: -METHODS[name].steps):  # the longest first
+        method = METHODS[name]
+        jobs += [Job(kind, preset, path, name, i, method.rate) for i in range(len(method.settings))]
+    best = {}
+    for job, losses in zip(jobs, everywhere(pool, search, jobs), strict=True):
+        rate = min(losses, key=losses.get)
+        if job.name not in best or losses[rate] < best[job.name][0]:
+            best[job.name] = losses[rate], job._replace(rate=rate, part=2)
+    return {name: best[name][1] for name in names}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--full", action="store_true", help="all methods, larger, five seeds")
+    parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")
+    parser.add_argument("--model", choices=["vit", "gpt"], help="one of the two")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="some methods, beside LoRA")
+    parser.add_argument("--plot", metavar="FILE", help="draw the curves (needs matplotlib)")
+    options, start = parser.parse_args(), time.monotonic()
+    if options.plot and not importlib.util.find_spec("matplotlib"):
+        sys.exit("--plot needs matplotlib: pip install matplotlib")
+    preset = "smoke" if options.smoke else f"{'full' if options.full else 'default'}, {DEVICE}"
+    kinds = [options.model] if options.model else ["vit", "gpt"]
+    names = [name for name, method in METHODS.items() if options.full or method.letter]
+    if options.only:
+        names = ["LoRA", *(name for name in options.only if name != "LoRA")]
+
+    spawn = torch.multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(None, spawn, torch.set_num_threads, (1,)) as pool:
+        bases = everywhere(pool, pretrain, [(kind, preset) for kind in kinds])
+        for kind, (path, known) in zip(kinds, bases, strict=True):
+            jobs = best_jobs(pool, kind, preset, path, names)
+            seeds = PRESETS[preset].seeds
+            todo = [jobs[name]._replace(seed=seed) for name in names for seed in seeds]
+            runs = iter(everywhere(pool, run, todo))
+            results = {name: [next(runs) for _ in seeds] for name in names}
+            report(kind, known, results, jobs, options)
+    print(f"\n{time.monotonic() - start:.0f} seconds in all")
+
+
+if __name__ == "__main__":
+    main()
