@@ -5,9 +5,7 @@ The oracles share no code with it: brute force, Eckart-Young by numpy, dense mat
 """
 
 import copy
-import io
 import math
-import pickle
 import random
 import re
 import statistics
@@ -15,8 +13,8 @@ import statistics
 import numpy as np
 import pytest
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn, randn, tensor
 
 from aira import (
     DAMPING,
@@ -37,9 +35,40 @@ from aira import (
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("error")
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-INITS = ["svd_A", "svd"]
-every_init = pytest.mark.parametrize("init", INITS)
+every_init = pytest.mark.parametrize("init", ["svd_A", "svd"])
+every_allocate = pytest.mark.parametrize("allocate", [greedy_ranks, knapsack_ranks])
+
+
+class Conv1D(nn.Module):
+    """Hugging Face's linear layer of GPT-2: weight (in, out)."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf = nf
+        self.weight = nn.Parameter(randn(nx, nf) / nx**0.5)
+        self.bias = nn.Parameter(randn(nf))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+class Net(nn.Module):
+    """in < out, in > out, no bias, a Conv1D, a layer with two names, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(10, 24)
+        self.mix = Conv1D(24, 24)
+        self.down = nn.Linear(24, 10, bias=False)
+        self.shared = self.again = nn.Linear(10, 10)
+        self.head = nn.Linear(10, 3)
+
+    def forward(self, x):
+        x = x + self.down(torch.tanh(self.mix(F.gelu(self.up(x)))))
+        return self.head(x + self.shared(self.again(x)))
+
+
+BODY = ["up", "mix", "down", "shared"]
 
 
 @pytest.fixture(autouse=True)
@@ -50,42 +79,19 @@ def seeded_and_in_float64():
     torch.set_default_dtype(torch.float32)
 
 
-class Conv1D(nn.Module):
-    """Hugging Face's linear layer of GPT-2: weight (in, out)."""
-
-    def __init__(self, nf, nx):
-        super().__init__()
-        self.nf = nf
-        self.weight = nn.Parameter(torch.randn(nx, nf) / nx**0.5)
-        self.bias = nn.Parameter(torch.randn(nf))
-
-    def forward(self, x):
-        return x @ self.weight + self.bias
+@pytest.fixture
+def net():
+    return Net()
 
 
-class Net(nn.Module):
-    """in < out, in > out, no bias, a Conv1D, a layer with two names, a norm and a head."""
-
-    def __init__(self):
-        super().__init__()
-        self.up = nn.Linear(10, 24)
-        self.mix = Conv1D(24, 24)
-        self.down = nn.Linear(24, 10, bias=False)
-        self.shared = self.again = nn.Linear(10, 10)
-        self.norm = nn.LayerNorm(10)
-        self.head = nn.Linear(10, 3)
-
-    def forward(self, x):
-        x = x + self.down(torch.tanh(self.mix(F.gelu(self.up(x)))))
-        return self.head(self.norm(x + self.shared(self.again(x))))
-
-
-SHAPES = {"up": (24, 10), "mix": (24, 24), "down": (10, 24), "shared": (10, 10), "head": (3, 10)}
+@pytest.fixture
+def x():
+    return inputs()
 
 
 def inputs(n=96, width=10):
     """Tokens with correlated channels, one of them loud and one quiet."""
-    x = torch.randn(n, width) @ torch.randn(width, width)
+    x = randn(n, width) @ randn(width, width)
     x[:, 0] *= 10
     x[:, 1] *= 0.01
     return x
@@ -103,23 +109,21 @@ def size(tensors):
     return sum(map(torch.numel, tensors))
 
 
-def fit(model, x, steps):
-    """Some steps of training."""
-    optimizer = torch.optim.Adam(trainable(model), 0.05)
+def learn(model, x, y, steps=5, rate=0.05):
+    """Some steps of training -> the loss after them."""
+    optimizer = torch.optim.Adam(trainable(model), rate)
+    order = torch.Generator()
     for _ in range(steps):
+        rows = torch.randint(len(x), (64,), generator=order)
         optimizer.zero_grad()
-        (model(x).float() - 1).square().mean().backward()
+        F.mse_loss(model(x[rows]), y[rows]).backward()
         optimizer.step()
-    return model
+    return F.mse_loss(model(x), y).item()
 
 
 def close(a, b, tolerance=1e-9):
-    atol = tolerance * float(b.detach().abs().max() + 1e-12)
-    torch.testing.assert_close(a, b, rtol=0, atol=atol)
-
-
-def differ(a, b):
-    return float((a - b).detach().abs().max()) > 0.01
+    largest = float(b.detach().abs().max())
+    torch.testing.assert_close(a, b, rtol=0, atol=tolerance * largest)
 
 
 def bits(tensor):
@@ -134,17 +138,15 @@ def fingerprint(model):
     for name, module in model.named_modules(remove_duplicate=False):
         hooks = len(module._forward_hooks)
         found.append((name, id(module), module.training, hooks, sorted(vars(module))))
-    for name, p in model.named_parameters(remove_duplicate=False):
-        found.append((name, id(p), p.requires_grad, bits(p)))
-    for name, buffer in model.named_buffers():
-        found.append((name, id(buffer), bits(buffer)))
+    for name, t in model.state_dict(keep_vars=True).items():
+        found.append((name, id(t), t.requires_grad, bits(t)))
     return found
 
 
-def refuses(model, words, call, error=(ValueError, TypeError)):
-    """An error that has all the words and leaves all as it was."""
+def refuses(model, words, call):
+    """An error that has all the words, and leaves all as it was."""
     before = fingerprint(model)
-    with pytest.raises(error) as caught:
+    with pytest.raises((ValueError, TypeError, KeyboardInterrupt)) as caught:
         call()
     for word in words.split():
         assert word in str(caught.value)
@@ -156,10 +158,10 @@ def refuses(model, words, call, error=(ValueError, TypeError)):
 
 def test_three_tokens_by_hand():
     """(3, 4, 0) and (0, 0, 50) weigh the same, however loud the second; a silent one, nothing."""
-    X, rms = scale_tokens(torch.tensor([[3.0, 4, 0], [0, 0, 50], [0, 0, 0]]))
-    close(X, 3**0.5 * torch.tensor([[0.6, 0.8, 0], [0, 0, 1]]))
+    X, rms = scale_tokens(tensor([[3.0, 4, 0], [0, 0, 50], [0, 0, 0]]))
+    close(X, 3**0.5 * tensor([[0.6, 0.8, 0], [0, 0, 1]]))
     typical = (5 * 50 / 3) ** 0.5  # the geometric mean of 5 and 50, each over the root of 3
-    close(rms, typical * 1.5**0.5 * torch.tensor([0.6, 0.8, 1]))
+    close(rms, typical * 1.5**0.5 * tensor([0.6, 0.8, 1]))
 
 
 def moments(x):
@@ -168,115 +170,84 @@ def moments(x):
     return x.T @ x / len(x)
 
 
-def loudness(x):
-    typical = x.square().mean(1).sqrt().log().mean().exp()
-    return typical * moments(x).diagonal().sqrt()
-
-
-class Ear:
-    """An importance that notes the rms it is given."""
-
-    def __call__(self, W, rms):
-        self.rms = rms
-        return 1.0
-
-
-def test_a_stream_of_batches_is_heard_as_one_by_position_or_by_name():
-    layer, ear = nn.Linear(10, 10), Ear()
-    batches = inputs(71).split([5, 1, 0, 65])
+def test_a_long_stream_is_sampled_evenly_by_position_and_by_name():
+    """Three quarters of the tokens speak on channel 0, the last quarter on channel 1."""
+    x = torch.eye(2).repeat_interleave(tensor([3 * SAMPLE, SAMPLE]), 0)
+    layer = nn.Linear(2, 2)
+    heard = []
 
     def calibrate():
-        layer(torch.zeros(2, 3, 10))
-        layer(batches[3].view(5, 13, 10))
-        for batch in batches[:3]:
-            layer(input=batch)
+        for batch in x.split(300):
+            layer(batch[None, :9])
+            layer(input=batch[9:])
+        layer(x[:0])
 
-    report = apply_aira(nn.Sequential(layer), calibrate, importance=ear)
-    assert report.rows[0].tokens == 77
-    close(ear.rms, loudness(torch.cat(batches)))
+    def importance(W, rms):
+        heard.append(rms)
+        return 1
 
-
-def test_a_long_stream_is_sampled_evenly():
-    """Three quarters of the tokens speak on channel 0, the last quarter on channel 1."""
-    x = torch.eye(2).repeat_interleave(torch.tensor([3 * SAMPLE, SAMPLE]), 0)
-    layer, ear = nn.Linear(2, 2), Ear()
-    apply_aira(nn.Sequential(layer), lambda: [*map(layer, x.split(300))], importance=ear)
-    close(ear.rms.square(), torch.tensor([0.75, 0.25]), 0.08)
+    report = apply_aira(nn.Sequential(layer), calibrate, importance=importance)
+    assert report.rows[0].tokens == 4 * SAMPLE
+    close(heard[0].square(), tensor([0.75, 0.25]), 0.08)
 
 
-LISTENING = {  # tokens, and the rms they must have
-    "squares overflow": (torch.full((8, 4), 3e4).half(), 3e4),
-    "squares vanish": (torch.full((8, 4), 1e-4).half(), 1e-4),
-    "silence": (torch.zeros(8, 4), 1),
-    "one token": (torch.full((1, 4), -2.0), 2),
-}
-
-
-@pytest.mark.parametrize("tokens, rms", LISTENING.values(), ids=LISTENING)
-def test_listening_edges(tokens, rms):
-    X, heard = scale_tokens(tokens)
-    close(heard, torch.full_like(heard, rms), 1e-3)
+@pytest.mark.parametrize("loud", [3e4, 0])
+def test_listening_edges(loud):
+    """In half precision the squares of loud tokens do not fit; and silence is no error."""
+    X, rms = scale_tokens(torch.full((8, 4), loud).half())
     assert X.isfinite().all()
+    close(rms, torch.full_like(rms, loud or 1), 1e-3)
 
 
 # ---- 2. Outlier-weighted SVD -------------------------------------------------------------------
 
 
-def test_svd_by_hand_follows_the_loud_channel():
+@pytest.mark.parametrize("third, kept", [(1, [3.0, 0, 0]), (10, [0.0, 0, 1])])
+def test_svd_by_hand_follows_the_loud_channel(third, kept):
     """W = diag(3, 2, 1): a plain SVD keeps the 3; with the third channel ten times louder, 1."""
-    W = torch.diag(torch.tensor([3.0, 2, 1]))
-    for rms, kept in (([1.0, 1, 1], [3.0, 0, 0]), ([1.0, 1, 10], [0.0, 0, 1])):
-        B, A = outlier_weighted_svd(W, torch.tensor(rms), 1)
-        close(B @ A, torch.diag(torch.tensor(kept)))
+    W = torch.diag(tensor([3.0, 2, 1]))
+    B, A = outlier_weighted_svd(W, tensor([1.0, 1, third]), 1)
+    close(B @ A, torch.diag(tensor(kept)))
 
 
-def weighted_error(W, rms, BA):
-    return float(((W.double() - BA.double()) * rms).norm())
+def excess(W, rms, BA, rank):
+    """The error over Eckart and Young's least, the singular values that rank r drops; the least."""
+    sigma = np.linalg.svd((W * rms).numpy(), compute_uv=False)
+    least = np.linalg.norm(sigma[rank:])
+    return float(((W - BA) * rms).norm()) - least, least
 
 
-def eckart_young(W, rms, rank):
-    """The least error of any rank-r matrix: the root of the squared singular values it drops."""
-    sigma = np.linalg.svd((W.double() * rms).numpy(), compute_uv=False)
-    return float(np.linalg.norm(sigma[rank:]))
+@pytest.mark.parametrize("rank", [1, 5, 12])
+@pytest.mark.parametrize("out, width", [(12, 20), (20, 12)])
+def test_svd_reaches_the_eckart_young_optimum(out, width, rank):
+    W = randn(out, width)
+    rms = torch.rand(width) + 0.1
+    B, A = outlier_weighted_svd(W, rms, rank)
+    assert abs(excess(W, rms, B @ A, rank)[0]) < 1e-9
+    close(B.square().sum(0), (A * rms).square().sum(1))  # both take the root of sigma
 
 
-@pytest.mark.parametrize("out, width", [(12, 20), (20, 12), (1, 9), (9, 1)])
-def test_svd_reaches_the_eckart_young_optimum_at_every_rank(out, width):
-    W, rms = torch.randn(out, width), 5 * torch.rand(width) + 0.1
-    for rank in range(1, min(out, width) + 1):
-        B, A = outlier_weighted_svd(W, rms, rank)
-        assert B.shape == (out, rank)
-        assert A.shape == (rank, width)
-        optimum = eckart_young(W, rms, rank)
-        assert weighted_error(W, rms, B @ A) == pytest.approx(optimum, abs=1e-9)
-        close(B.square().sum(0), (A * rms).square().sum(1))  # both take the root of sigma
-
-
-@pytest.mark.parametrize("power", [0, 1, None], ids=["flat", "power law", "noise"])
-def test_large_svd_is_near_the_optimum_and_repeatable(power):
-    W, rms = torch.randn(500, 400), torch.rand(400) + 0.5
-    if power is not None:
-        u, v = torch.linalg.qr(W)[0], torch.linalg.qr(torch.randn(400, 400))[0]
-        W = u * torch.arange(1, 401.0) ** -power @ v / rms
+def test_large_svd_is_within_a_thousandth_of_the_optimum_and_repeatable():
+    W = randn(500, 400)  # noise is hardest: its singular values are nearly equal
+    rms = torch.rand(400) + 0.5
     B, A = outlier_weighted_svd(W, rms, 8)
-    assert weighted_error(W, rms, B @ A) <= 1.001 * eckart_young(W, rms, 8)
+    more, least = excess(W, rms, B @ A, 8)
+    assert more < 1e-3 * least
     torch.manual_seed(123)  # the caller's random state does not matter, and stays
     state = torch.get_rng_state()
-    assert bits(outlier_weighted_svd(W, rms, 8)[1]) == bits(A)
+    assert torch.equal(outlier_weighted_svd(W, rms, 8)[1], A)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("loud", [1.0, 1e5, 0.0])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_svd_edges(dtype, loud):
-    """A channel that never fired has no say; if none fired, it is the plain SVD; bad ranks."""
-    W, rms = torch.randn(8, 10).to(dtype), torch.full((10,), loud)
-    rms[2] = rms[5] = 0
+@pytest.mark.parametrize("loud", [1.0, 0.0])
+def test_svd_edges(loud):
+    """Channels that never fired have no say; if none fired, it is the plain SVD; half; ranks."""
+    W = randn(8, 10).bfloat16()
+    rms = torch.full((10,), loud).float()
+    rms[2:5] = 0
     B, A = outlier_weighted_svd(W, rms, 3)
-    assert A.isfinite().all()
-    assert A.dtype == torch.promote_types(dtype, torch.float32)
-    weigh = rms if loud else torch.ones(10)
-    assert weighted_error(W, weigh, B @ A) == pytest.approx(eckart_young(W, weigh, 3), rel=1e-5)
+    more, least = excess(W.float(), rms if loud else 1 + rms, B @ A, 3)
+    assert abs(more) < 1e-5 * least
     for rank in (0, 9):
         with pytest.raises(ValueError, match=f"rank={rank}.* 1 to 8"):
             outlier_weighted_svd(W, rms, rank)
@@ -286,86 +257,51 @@ def test_svd_edges(dtype, loud):
 
 
 def test_outlier_mass_by_hand():
-    W, rms = torch.tensor([[1.0, -2, 0], [3, 0.5, -1]]), torch.tensor([1.0, 4, 2])
+    W = tensor([[1.0, -2, 0], [3, 0.5, -1]])
+    rms = tensor([1.0, 4, 2])
     # |W| rms = [[1, 8, 0], [3, 2, 2]], mean 2.67: only 8 is above twice that, 8 and 3 above once
     assert outlier_mass(W, rms) == 8
-    assert outlier_mass(W, rms, threshold=1) == 11
-    assert outlier_mass(W, rms, threshold=5) == 0
-    assert outlier_mass(10 * W.bfloat16(), rms) == 80
+    assert outlier_mass(W.bfloat16(), rms, threshold=1) == 11
 
 
-@pytest.mark.parametrize("allocate", [greedy_ranks, knapsack_ranks])
+@every_allocate
 def test_ranks_by_hand(allocate):
     """The 2nd unit is worth log 2 = .69 theta, the 3rd .41, the 4th .29; theta is 3 and 1."""
     assert allocate([3, 1], [1, 1], 4, 1, [9, 9]) == [3, 1]  # 2.08 and 1.22 against .69
-    assert allocate([3, 1], [1, 1], 7, 1, [9, 9]) == [5, 2]
     assert allocate([3, 1], [1, 1], 7, 1, [3, 9]) == [3, 4]  # the first may not have more
-    assert allocate([3, 1], [1, 4], 8, 1, [9, 9]) == [4, 1]  # .69 for 4 is less than .29 * 3
     assert allocate([0, 1], [1, 1], 9, 2, [9, 3]) == [6, 3]  # no importance: last, but not never
-
-
-def test_greedy_may_miss_the_optimum():
-    """Three units are left, at prices 2 and 3: greedy spends two, and the best spends three."""
-    problem = [1.0, 1.4], [2, 3], 8, 1, [9, 9]
-    assert greedy_ranks(*problem) == [2, 1]
-    assert knapsack_ranks(*problem) == [1, 2]
-
-
-def worth(ranks, importance):
-    theta = np.maximum(importance, 1e-9 * max(importance) or 1)
-    return np.log(ranks) @ (theta / theta.max())
-
-
-def problems(costs):
-    """Random ones, with importances of zero, and the best worth of all assignments there are."""
-    rng = np.random.default_rng(0)
-    for _ in range(100):
-        n, least = int(rng.integers(1, 5)), int(rng.integers(1, 3))
-        prices, largest = rng.choice(costs, n).tolist(), rng.integers(2, 7, n)
-        importance = (rng.random(n) ** 3 * (rng.random(n) < 0.8)).tolist()
-        budget = sum(prices) * least + int(rng.integers(0, 4 * sum(prices)))
-        every = np.indices(largest - least + 1).reshape(n, -1).T + least
-        best = worth(every[every @ prices <= budget], importance).max()
-        yield best, (importance, prices, budget, least, largest.tolist())
+    # at prices 2 and 3 three are left: greedy spends two, the best spends three
+    best = [2, 1] if allocate is greedy_ranks else [1, 2]
+    assert allocate([1.0, 1.4], [2, 3], 8, 1, [9, 9]) == best
 
 
 @pytest.mark.parametrize("costs", [[2, 3, 5, 7], [6, 10], [4], [8192, 15104, 12288], [1, 101]])
-def test_knapsack_equals_brute_force_and_so_does_greedy_for_equal_costs(costs):
-    for best, problem in problems(costs):
-        importance, prices, budget, least, largest = problem
-        for allocate in (knapsack_ranks, greedy_ranks):
-            ranks = allocate(*problem)
-            assert np.all(np.less_equal(least, ranks) & np.less_equal(ranks, largest))
-            left = budget - np.dot(prices, ranks)
-            growing = np.array(prices)[np.less(ranks, largest)]
-            assert 0 <= left < min(growing, default=math.inf)  # no further unit would fit
-            if allocate is knapsack_ranks or len(costs) == 1:
-                assert worth(ranks, importance) == pytest.approx(best, rel=1e-9, abs=1e-12)
+@every_allocate
+def test_knapsack_equals_brute_force_and_so_does_greedy_for_equal_costs(allocate, costs):
+    rng = np.random.default_rng(0)
+    for layers in 25 * [1, 2, 3, 4]:
+        prices = rng.choice(costs, layers)
+        largest = rng.integers(2, 7, layers)
+        importance = rng.random(layers) ** 3
+        budget = sum(prices) + rng.integers(4 * sum(prices))
+        ranks = np.array(allocate(importance, prices, budget, 1, largest))
+        left = budget - ranks @ prices
+        assert 0 <= left < min(prices[ranks < largest], default=math.inf)  # nothing more fits
+        if allocate is knapsack_ranks or len(costs) == 1:
+            every = np.indices(largest).reshape(layers, -1).T + 1  # all that there are
+            worth = np.log(every[every @ prices <= budget]) @ importance
+            assert np.log(ranks) @ importance == pytest.approx(max(worth), rel=1e-9)
 
 
-def test_knapsack_of_many_dear_layers_stays_in_the_budget_and_beats_greedy():
-    """Prices without a common divisor: in coins they are rounded, and it must be up."""
-    costs = [8191, 15103] * 20
-    importance = (np.random.default_rng(0).random(40) ** 2).tolist()
-    problem = importance, costs, 8 * sum(costs), 1, [16] * 40
-    ranks = knapsack_ranks(*problem)
-    assert 0.998 * problem[2] < np.dot(costs, ranks) <= problem[2]
-    assert worth(ranks, importance) >= 0.999 * worth(greedy_ranks(*problem), importance)
-
-
-NO_ANSWER = {  # the words that the error must have
-    "importance nan batches": ([1, math.nan], [5, 7], 99, 1, [4, 4]),
-    "importance -1 negative": ([1, -1], [5, 7], 99, 1, [4, 4]),
-    "max_ranks [4, 0]": ([1, 1], [5, 7], 99, 1, [4, 0]),
-    "min_rank=0": ([1, 1], [5, 7], 99, 0, [4, 4]),
-    "budget=11 12": ([1, 1], [5, 7], 11, 1, [4, 4]),
-}
-
-
-@pytest.mark.parametrize("words", NO_ANSWER)
-@pytest.mark.parametrize("allocate", [greedy_ranks, knapsack_ranks])
-def test_ranks_edges(allocate, words):
-    refuses(nn.Identity(), words, lambda: allocate(*NO_ANSWER[words]))
+@every_allocate
+def test_ranks_edges(allocate):
+    """Prices without a common divisor make too many coins, of which the rounded price takes more."""
+    costs = [99991, 100003]
+    budget = 20 * sum(costs)
+    ranks = allocate([1, 3], costs, budget, 1, [99, 99])
+    assert 0.97 * budget < np.dot(ranks, costs) <= budget
+    with pytest.raises(ValueError, match="budget=199993 .* 199994"):
+        allocate([1, 3], costs, 199993, 1, [99, 99])
 
 
 # ---- 4. The layer, and its amplified updates ---------------------------------------------------
@@ -382,178 +318,120 @@ def gain(layer):
     """G, by what becomes of A = 1."""
     layer = copy.deepcopy(layer)
     layer.lora_A.data = torch.eye(layer.in_features)
-    return layer.factors()[1][: layer.in_features].detach()
+    return layer.factors()[1].detach()
 
 
-def test_gain_by_hand_turns_the_loud_channel_down():
+@pytest.mark.parametrize("power", [0.5, 0, -0.25])
+def test_gain_by_hand_turns_the_loud_channel_down(power):
     """The first of three channels is ten times louder: C = diag(100, 1, 1) / 34."""
-    x = torch.tensor([[10.0, 1, 1], [10, -1, 1], [10, 1, -1], [10, -1, -1]])
-    for power in (0.5, 0, -0.25):
-        layer = one_layer(nn.Linear(3, 3), x, rank=1, amplify=power)
-        gains = (torch.tensor([100.0, 1, 1]) / 34 + DAMPING) ** -power
-        close(gain(layer), torch.diag(gains))
+    x = tensor([[10.0, 1, 1], [10, -1, 1], [10, 1, -1], [10, -1, -1]])
+    layer = one_layer(nn.Linear(3, 3), x, rank=1, amplify=power)
+    close(gain(layer), torch.diag((tensor([100, 1, 1]) / 34 + DAMPING) ** -power))
 
 
-def dense_gain(C, power, k):
+def dense_gain(x, power, k):
     """G by its definition: C's k largest eigenvalues, and for all the others their mean."""
-    energies, Q = torch.linalg.eigh(C)
+    energies, Q = torch.linalg.eigh(moments(x))
     energies[:-k] = energies[:-k].mean()
     return Q * (energies + DAMPING) ** -power @ Q.T
 
 
-@pytest.mark.parametrize("power", [1 / 3, 0.5, -0.25])
-@pytest.mark.parametrize("width, n, rank", [(10, 96, 1), (10, 96, 4), (10, 5, 2), (300, 2000, 3)])
-def test_gain_is_a_power_of_the_second_moments(width, n, rank, power):
-    x = inputs(n, width)
-    if width == 300:
-        x = torch.randn(n, width) * torch.arange(1, 301.0) ** -1
-    layer = one_layer(nn.Linear(width, 8), x, rank=rank, amplify=power)
-    k = 2 * len(layer.lora_A)  # two directions for each unit of rank
-    wanted = dense_gain(moments(x[:SAMPLE]), power, k)
-    close(gain(layer), wanted, 0.05 if n > SAMPLE else 1e-9)
-
-
-def test_default_starts_with_the_directions_that_the_weight_reads_most():
-    """A0 = V_r^T / s, of the SVD of W S, and B0 = 0."""
-    x, base = inputs(300), nn.Linear(10, 17)
-    layer = one_layer(base, x, rank=2)
-    V = torch.linalg.svd(base.weight * loudness(x))[2][: len(layer.lora_A)].T
-    close(layer.lora_A.T @ layer.lora_A, V @ V.T / SCALE**2)  # singular vectors have no sign
-    close(layer.lora_A @ layer.lora_A.T, torch.eye(len(layer.lora_A)) / SCALE**2)
-    assert not layer.lora_B.any()
-
-
-LAYERS = {
-    "in < out": lambda: nn.Linear(6, 9),
-    "in > out": lambda: nn.Linear(9, 6),
-    "conv1d": lambda: Conv1D(6, 9),
-    "no bias": lambda: nn.Linear(8, 6, bias=False),
-}
+def test_gain_of_a_wide_layer():
+    """Here the SVD is randomised indeed."""
+    x = randn(900, 300) * torch.arange(1, 301) ** -0.5
+    layer = one_layer(nn.Linear(300, 9), x)
+    close(gain(layer), dense_gain(x, 1 / 3, 6), 1e-3)
 
 
 @every_init
-@pytest.mark.parametrize("rank", [1, 4, 6])
-@pytest.mark.parametrize("kind", LAYERS)
-def test_layer_is_the_base_plus_s_times_BA_less_its_start_times_G(kind, rank, init):
-    base = LAYERS[kind]()
-    W = (base.weight.T if kind == "conv1d" else base.weight).detach().clone()
-    x = inputs(width=W.shape[1])
-    layer = one_layer(base, x, rank=rank, init=init, allocate=lambda *_: [rank])
-    G = dense_gain(moments(x), 1 / 3, min(2 * rank, len(W.T)))
-    start = torch.zeros_like(W)
+@pytest.mark.parametrize("rank", [1, 3, 6])
+@pytest.mark.parametrize("Layer", [Conv1D, nn.Linear])
+def test_layer_is_the_base_plus_s_times_BA_less_its_start_times_G(Layer, rank, init):
+    base = Layer(8, 6)
+    x = inputs(width=8 if Layer is nn.Linear else 6)
+    W = base(torch.eye(x.shape[1])).sub(base.bias).T.detach()
+    layer = one_layer(base, x, init=init, allocate=lambda *_: [rank])
+    rms = moments(x).diagonal().sqrt()
+    G = dense_gain(x, 1 / 3, min(2 * rank, x.shape[1]))
+    A, B = layer.lora_A, layer.lora_B
+    A0, B0 = layer.start_A, layer.start_B
     if init == "svd":  # both factors start at the best fit
-        start = SCALE * layer.start_B @ layer.start_A @ G
-        optimum = eckart_young(W, loudness(x), rank)
-        assert weighted_error(W, loudness(x), start) == pytest.approx(optimum, abs=1e-9)
-    dA, dB = map(nn.init.normal_, (layer.lora_A, layer.lora_B))
-    B, A = (layer.start_B + dB, layer.start_A + dA) if init == "svd" else (dB, dA)
-    dW = SCALE * B @ A @ G - start
+        assert abs(excess(W, rms, SCALE * B0 @ A0 @ G, rank)[0]) < 1e-9
+    else:  # A starts at V_r^T / s, of the SVD of W S; singular vectors have no sign
+        V = torch.linalg.svd(W * rms)[2][:rank]
+        close(A.T @ A, V.T @ V / SCALE**2)
+        A0, B0 = 0 * A, 1 * B
+    nn.init.normal_(A)
+    nn.init.normal_(B)
+    dW = SCALE * ((B0 + B) @ (A0 + A) - B0 @ A0) @ G
     close(layer(x), F.linear(x, W + dW, base.bias))
-    close(layer.weight, (W + dW).T if kind == "conv1d" else W + dW)
+    close(layer.weight.T if Layer is Conv1D else layer.weight, W + dW)
     B, A = layer.factors()
     close(B @ A, dW)
-    assert len(A) == (2 * rank if init == "svd" else rank)
 
 
-def moved(layer, loss, name, optimizer, hook=torch.clone, **options):
-    """How far one step of one factor moves the whole weight."""
-    one = copy.deepcopy(layer)
-    getattr(one, name).register_hook(hook)
-    loss(one(loss.x)).backward()
-    optimizer([getattr(one, name)], lr=0.01, **options).step()
-    return (one.weight - layer.weight).detach()
-
-
-def test_sgd_is_amplified_by_G_squared_and_a_hook_is_a_placebo_under_adam():
-    x, target = inputs(), torch.randn(96, 6)
-    layer = one_layer(nn.Linear(10, 6), x, rank=2)
+def test_sgd_is_amplified_by_G_squared_and_a_hook_is_a_placebo_under_adam(x):
+    target = randn(96, 6)
+    layer = one_layer(nn.Linear(10, 6), x)
     nn.init.normal_(layer.lora_B)
     W = layer.weight.detach().requires_grad_()
-    F.mse_loss(x @ W.T + layer.bias.detach(), target).backward()  # plain autograd
+    F.mse_loss(F.linear(x, W, layer.bias), target).backward()  # plain autograd
 
-    def moved(name, optimizer, factor=1.0, **options):
+    def moved(name, optimizer, hook=torch.clone, **options):
         one = copy.deepcopy(layer)
-        getattr(one, name).register_hook(torch.as_tensor(factor).mul)
+        factor = getattr(one, name)
+        factor.register_hook(hook)
         F.mse_loss(one(x), target).backward()
-        optimizer([getattr(one, name)], lr=0.01, **options).step()
-        return (one.weight - layer.weight).detach()
+        optimizer([factor], 0.01, **options).step()
+        return one.weight - layer.weight
 
     B, A = layer.factors()
     G = gain(layer)
-    close(moved("lora_A", torch.optim.SGD), -0.01 * B @ B.T @ W.grad @ G @ G)
+    close(moved("lora_A", torch.optim.SGD), -0.01 * B @ B.T @ W.grad @ G @ G)  # s is in B
     close(moved("lora_B", torch.optim.SGD), -0.01 * SCALE**2 * W.grad @ A.T @ A)
-    close(moved("lora_A", torch.optim.SGD, 9), 9 * moved("lora_A", torch.optim.SGD))
     adam = moved("lora_A", torch.optim.Adam, eps=1e-30)
-    close(moved("lora_A", torch.optim.Adam, 9, eps=1e-30), adam)
+    louder = torch.logspace(-2, 2, 10).mul
+    close(moved("lora_A", torch.optim.Adam, louder, eps=1e-30), adam)
 
 
 @every_init
-def test_weight_decay_alone_leaves_the_pretrained_function(init):
-    model, x = Net(), inputs()
-    before = model(x)
-    adapt(model, x, init=init)
-    optimizer = torch.optim.AdamW(trainable(model), 0.1, weight_decay=5.0)
+def test_weight_decay_alone_leaves_the_pretrained_function(net, x, init):
+    before = net(x)
+    adapt(net, x, init=init)
+    optimizer = torch.optim.AdamW(trainable(net), 0.1, weight_decay=5.0)
     for _ in range(5):
-        (model(x) * 0).sum().backward()
+        (net(x) * 0).sum().backward()
         optimizer.step()
-    assert torch.equal(model(x), before)
+    assert torch.equal(net(x), before)
 
 
-def test_a_sample_does_not_depend_on_its_batch():
-    model, x = Net(), inputs()
-    adapt(model, x)
-    fit(model, x, 5)
-    for others in (x[1:2], 1e6 * x[1:], 0 * x[1:]):
-        close(model(torch.cat([x[:1], others]))[:1], model(x[:1]))
+def test_a_sample_does_not_depend_on_its_batch(net, x):
+    adapt(net, x)
+    learn(net, x, x[:, :3])
+    for others in (1e6, 0):
+        close(net(torch.cat([x[:1], others * x]))[:1], net(x[:1]))
 
 
-@pytest.mark.parametrize("zero", [False, True])
-def test_every_unit_of_rank_can_train(zero):
+def test_every_unit_of_rank_can_train(net, x):
     """lora_B from the first step and lora_A after it, in a zero-initialised layer, too."""
-    model, x = Net(), inputs()
-    model.head.weight.data *= not zero
-    adapt(model, x)
+    net.shared.weight.data.zero_()
+    adapt(net, x)
     for wanted, dim in (("lora_B", 0), ("lora_A", 1)):
-        model.zero_grad()
-        (model(x) - 1).square().mean().backward()
-        for name in ["head"] if zero else SHAPES:
-            assert getattr(model.get_submodule(name), wanted).grad.any(dim).all(), name
-        for p in trainable(model):
+        net.zero_grad()
+        net(x).square().mean().backward()
+        for name in (*BODY, "head"):
+            assert getattr(net.get_submodule(name), wanted).grad.any(dim).all(), name
+        for p in trainable(net):
             p.data -= 0.05 * p.grad
 
 
-def test_massive_tokens_do_not_change_the_adapters():
-    """A few tokens are hundreds of times louder than all others, as a text's first often is."""
-    model, x = nn.Sequential(nn.Linear(10, 30), nn.Linear(10, 30)), inputs(300)
-    model[1].load_state_dict(model[0].state_dict())
-    massive = torch.cat([500 * x[:3], x[3:]])
-    apply_aira(model, lambda: (model[0](x), model[1](massive)), rank=3)
-    close(model[1].lora_A.T @ model[1].lora_A, model[0].lora_A.T @ model[0].lora_A)
-    close(gain(model[1]), gain(model[0]))
-
-
 def add_lora(model, rank):
-    """LoRA by hand, at alpha = rank."""
+    """LoRA by hand, at alpha = rank; nn.Linear starts as LoRA's A does."""
     for layer in model.requires_grad_(False)[::2]:
-        layer.lora_A = nn.Parameter(torch.empty(rank, layer.in_features))
-        nn.init.kaiming_uniform_(layer.lora_A, a=5**0.5)
-        layer.lora_B = nn.Parameter(torch.zeros(layer.out_features, rank))
-        layer.register_forward_hook(lambda m, x, y: y + x[0] @ m.lora_A.T @ m.lora_B.T)
-
-
-def learn(model, x, y, rate, steps):
-    optimizer, order = torch.optim.Adam(trainable(model), rate), torch.Generator()
-    for _ in range(steps):
-        rows = torch.randint(len(x), (64,), generator=order)
-        optimizer.zero_grad()
-        F.mse_loss(model(x[rows]), y[rows]).backward()
-        optimizer.step()
-    return F.mse_loss(model(x), y).item()
-
-
-def small_net():
-    widths = nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 8)
-    return nn.Sequential(*widths)
+        layer.A = nn.Linear(layer.in_features, rank, bias=False)
+        layer.B = nn.Linear(rank, layer.out_features, bias=False)
+        nn.init.zeros_(layer.B.weight)
+        layer.register_forward_hook(lambda m, x, y: y + m.B(m.A(*x)))
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.02])
@@ -563,14 +441,20 @@ def test_aira_learns_faster_than_lora_at_the_same_rate(rate):
     ratios = []
     for number in range(5):
         torch.manual_seed(number)
-        x = torch.randn(1024, 32) * torch.logspace(1, -1, 32) + 3 * torch.randn(32)
+        x = randn(1024, 32) * torch.logspace(1, -1, 32) + 3 * randn(32)
         x = F.layer_norm(x, (32,))
-        ours, old, new = small_net(), small_net(), small_net()
-        learn(ours, x, old(x).detach(), 0.003, 300)
-        theirs, target = copy.deepcopy(ours), (old(x) + new(x)).detach()
+        ours, old, new = (
+            nn.Sequential(
+                nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 8)
+            )
+            for _ in range(3)
+        )
+        learn(ours, x, old(x).detach(), 300, 0.003)
+        target = (old(x) + new(x)).detach()
+        theirs = copy.deepcopy(ours)
         adapt(ours, x, rank=4)
         add_lora(theirs, 4)
-        ratios.append(learn(ours, x, target, rate, 40) / learn(theirs, x, target, rate, 40))
+        ratios.append(learn(ours, x, target, 40, rate) / learn(theirs, x, target, 40, rate))
     assert statistics.mean(ratios) < 0.95, ratios
     assert sorted(ratios)[3] < 1, ratios
 
@@ -579,87 +463,260 @@ def test_aira_learns_faster_than_lora_at_the_same_rate(rate):
 
 
 @every_init
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_output_at_the_start_is_the_bases_bit_for_bit(dtype, init):
-    model, x = Net().to(dtype), inputs().to(dtype)
-    before = model(x)
-    adapt(model, x, init=init)
-    assert bits(model(x)) == bits(before)
-    assert all(p.dtype == torch.promote_types(dtype, torch.float32) for p in trainable(model))
-    assert differ(fit(model, x, 3)(x), before)
+@pytest.mark.parametrize("tokens, channels", [(96, 10), (1, 10), (96, 2), (96, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_it_starts_as_the_base_bit_for_bit_and_trains(net, x, dtype, tokens, channels, init):
+    """Also if it heard one token, few channels, or only silence."""
+    net, x = net.to(dtype), x.to(dtype)
+    before = net(x)
+    heard = x[:tokens].clone()
+    heard[:, channels:] = 0
+    adapt(net, heard, init=init)
+    assert bits(net(x)) == bits(before)
+    assert {p.dtype for p in trainable(net)} == {torch.promote_types(dtype, torch.float32)}
+    assert init == "svd" or torch.linalg.svdvals(net.up.lora_A)[-1] > 0.5  # no unit is idle
+    learn(net, x, 0 * before)
+    assert 0.01 < (net(x) - before).abs().max() < 100
 
 
-def test_report_is_a_table_of_what_was_done():
-    model, x = Net(), inputs()
-    report = adapt(model, x, rank=4, also_train="head")
+def test_no_calibration_is_warned_of(net):
+    with pytest.warns(UserWarning, match="no calibrate"):
+        apply_aira(net)
+
+
+def test_report_is_a_table_of_what_was_done(net, x):
+    report = adapt(net, x, rank=4, also_train="head")
     for row in report.rows:
-        adapter = model.get_submodule(row.name)
-        assert row.shape == SHAPES[row.name]
-        assert row.rank == len(adapter.lora_A) <= 8
-        assert row.parameters == size(trainable(adapter))
-        assert row.tokens == (192 if row.name == "shared" else 96)  # it is called twice
-    spent, budget = size(trainable(model)) - 33, 4 * (34 + 48 + 34 + 20)
+        layer = net.get_submodule(row.name)
+        assert row.rank == len(layer.lora_A)
+        assert row.parameters == size(trainable(layer))
+    spent = size(trainable(net)) - 33
+    budget = 4 * (34 + 48 + 34 + 20)
     assert 0.9 * budget < spent <= budget
-    title, up, *_, trained, _, last = str(report).splitlines()
-    assert len(title) == len(up)
+    _, up, *_, shared, trained, _, last = str(report).splitlines()
     assert up.split()[:5] == ["up", "24", "x", "10", "96"]
-    assert re.findall(r"[\d,]+\d", trained) == [f"{spent:,}", "33"]
+    assert "192" in shared  # it is called twice
+    assert re.findall(r"\d[\d,]*", trained) == [f"{spent:,}", "33"]
     assert "shared" in last
 
 
 def test_outliers_bring_rank_and_one_layer_cannot_take_it_all():
     """Of four equal layers one has a weight that counts a thousandfold."""
-    model, x = nn.Sequential(*(nn.Linear(20, 20) for _ in range(4))), torch.randn(200, 20)
+    model = nn.Sequential(*(nn.Linear(20, 20) for _ in range(4)))
     model[2].weight.data[3, 4] = 1000
-    for ranks, options in (
-        ([2, 2, 6, 2], {}),
-        ([2, 2, 6, 2], {"allocate": knapsack_ranks}),
-        ([3, 3, 3, 3], {"importance": lambda W, rms: sum(W.shape)}),
-    ):
-        report = apply_aira(model, lambda: [layer(x) for layer in model], rank=3, **options)
-        assert [row.rank for row in report.rows] == ranks
+    model.forward = lambda x: [layer(x) for layer in model]
+    for most, options in ((6, {}), (3, {"importance": lambda W, rms: sum(W.shape)})):
+        report = adapt(model, randn(200, 20), **options)
+        ranks = [row.rank for row in report.rows]
+        assert max(ranks) == ranks[2] == most
         remove_aira(model)
 
 
-BODY = ["0.up", "0.mix", "0.down", "0.shared", "0.head"]
 CHOICES = [
-    ({}, [*BODY, "1"]),
-    ({"targets": "0"}, BODY),
-    ({"targets": ["up", "0.mix", "2"]}, ["0.up", "0.mix", "2"]),
-    ({"exclude": ("down", "0.head", "1")}, ["0.up", "0.mix", "0.shared"]),
-    ({"also_train": ["0.head", "1"]}, BODY[:4]),
-    ({"also_train": "0"}, ["1"]),
+    ({}, [*BODY, "head", "1"]),
+    ({"targets": "0"}, [*BODY, "head"]),
+    ({"targets": ["up", "0.mix", "2"]}, ["up", "mix", "2"]),
+    ({"exclude": ("down", "0.head", "1")}, ["up", "mix", "shared"]),
+    ({"also_train": ["0.head", "1"]}, BODY),
 ]
 
 
 @pytest.mark.parametrize("options, names", CHOICES)
-def test_targets_are_parts_of_names_and_heads_and_tied_weights_are_left_alone(options, names):
-    model, x = nn.Sequential(Net(), *(nn.Linear(3, 3) for _ in range(3)), nn.Embedding(3, 3)), inputs()
+def test_names_are_chosen_by_parts_and_heads_and_tied_weights_left_alone(net, x, options, names):
+    model = nn.Sequential(net, *(nn.Linear(3, 3) for _ in range(3)), nn.Embedding(3, 3))
     model.get_output_embeddings = lambda: model[2]
     model[3].weight = model[4].weight
-    report = apply_aira(model, lambda: model[:4](x), rank=2, **options)
-    assert [row.name for row in report.rows] == names
+    report = apply_aira(model, lambda: model[:4](x), **options)
+    assert [row.name.removeprefix("0.") for row in report.rows] == names
 
 
 def test_what_reads_a_weight_and_calls_no_layer_finds_the_adapted_one():
     """nn.TransformerEncoderLayer in eval mode; what its attention reads is reported as frozen."""
     model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0)
-    x = torch.randn(3, 5, 8)
-    before = model.eval()(x)
-    report = adapt(model, x, rank=2)
-    assert [row.name for row in report.rows] == ["linear1", "linear2"]
+    x = randn(9, 5, 8)
+    report = adapt(model, x)
     frozen = str(report).splitlines()[-2]
     assert frozen.endswith(": self_attn.in_proj_weight, self_attn.out_proj.weight")
-    slow = fit(model.train(), x, 10).eval()(x).detach()
-    assert differ(before, slow)
+    before = model(x)
+    nn.init.normal_(model.linear1.lora_B)
+    slow = model(x)
+    assert not torch.allclose(before, slow)
     with torch.no_grad():
-        close(model(x), slow)
+        close(model.eval()(x), slow)
 
 
-@every_init
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", ["one token", "dead channels", "silence", "none"])
-def test_thin_calibration_starts_at_the_base_and_trains(case, dtype, init): ...
+def test_calibration_restores_modes_hooks_and_random_state_also_when_it_raises(x):
+    model = nn.Sequential(nn.Linear(10, 10), nn.Dropout(0.5), nn.BatchNorm1d(10))
+    model[1].eval()
+    modes = []
+
+    def calibrate(error=None):
+        modes.extend(m.training for m in model.modules())
+        assert not model(x + randn(10)).requires_grad
+        model.train()
+        if error:
+            raise error
+
+    refuses(model, "", lambda: apply_aira(model, lambda: calibrate(KeyboardInterrupt)))
+    state = torch.get_rng_state()
+    apply_aira(model, calibrate)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert modes == 8 * [False]
+    assert [m.training for m in model] == [True, False, True]
 
 
-def test_calibration_restores_modes_hooks_and_random_state_also_when_it_raises(): ...
+REFUSED = {  # the words that the error must have; options, or the weight of "down"
+    "targets 'q_prj' 'up'": {"targets": ["up", "q_prj"]},
+    "targets 'p' 'up'": {"targets": "p"},  # the end of a word is not the end of a name
+    "exclude 'nrom' 'up'": {"exclude": "nrom"},
+    "also_train 'haed' 'head'": {"also_train": "haed"},
+    "no left exclude": {"exclude": [*BODY, "head"]},
+    "'pissa' 'svd_A'": {"init": "pissa"},
+    "calibrate list lambda": {"calibrate": []},
+    "calibrate never 'up' generator": {"calibrate": lambda: (yield)},
+    "importance nan batches": {"importance": lambda W, rms: math.nan},
+    "importance -1 negative": {"importance": lambda W, rms: -1},
+    "zip": {"allocate": lambda *_: [1]},
+    "'down' NaN exclude": {"weight": torch.full((10, 24), math.nan)},
+    "'down' int8 exclude": {"weight": torch.ones(10, 24, dtype=torch.int8)},
+    "'down' elsewhere load": {"weight": torch.ones(10, 24, device="meta")},
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_bad_input_is_named_and_changes_nothing(net, x, words):
+    options = {"calibrate": lambda: net(x), **REFUSED[words]}
+    weight = options.pop("weight", net.down.weight)
+    net.down.weight = nn.Parameter(weight, requires_grad=False)
+    refuses(net, words, lambda: apply_aira(net, **options))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+def test_models_with_other_additions_are_refused(net, x):
+    nn.utils.weight_norm(net.up)
+    refuses(net, "'up' weight_norm remove", lambda: adapt(net, x))
+    nn.utils.remove_weight_norm(net.up)
+    net.head.peft_config = {}
+    refuses(net, "PEFT unload()", lambda: adapt(net, x))
+    del net.head.peft_config
+    adapt(net, x)
+    refuses(net, "adapters remove_aira", lambda: adapt(net, x))
+
+
+# ---- 6. Save, load, remove, merge, export ------------------------------------------------------
+
+
+def random_model(rng):
+    """Random depth, widths, nesting, frozen parts, and names that adapters have, too."""
+    model = nn.Sequential()
+    width = 10
+    for name in rng.sample(["lora_A", "base", "weird-name", "0", "é"], rng.randint(1, 5)):
+        out = rng.choice([1, 3, 6, 9, 16])
+        layer = rng.choice([Conv1D(out, width), nn.Linear(width, out, bias=False)])
+        layer.requires_grad_(rng.random() < 0.7)
+        model.add_module(name, rng.choice([layer, nn.Sequential(layer)]))
+        width = out
+    return model
+
+
+@pytest.mark.parametrize("number", range(40))
+def test_trained_in_eval_reloaded_merged_it_is_one_function_and_removed_the_base(x, number):
+    rng = random.Random(number)
+    model = random_model(rng) if number > 1 else Net()
+    base = copy.deepcopy(model)
+    before = fingerprint(model)
+    rank = rng.randint(1, 9)
+    allocate = rng.choice([knapsack_ranks, greedy_ranks])
+    init = ["svd_A", "svd"][number % 2]
+    report = adapt(model, x, rank, init=init, amplify=rng.random() - 0.5, allocate=allocate)
+    tensors = trainable(model)
+    assert size(tensors) <= rank * sum(sum(row.shape) for row in report.rows)
+    for p in tensors:
+        p.data += 0.1 * torch.sin(torch.arange(p.numel())).view_as(p)
+    output = model(x)
+    close(model.eval()(x), output)
+    merged = copy.deepcopy(model)
+    merge_aira(merged)
+    close(merged(x), output)
+    assert list(map(type, merged.modules())) == list(map(type, base.modules()))
+    load_aira(base, aira_state_dict(model))
+    assert bits(base(x)) == bits(output)
+    remove_aira(model.train())
+    assert fingerprint(model) == before
+
+
+def test_also_train_is_saved_reloaded_and_taken_back(net, x):
+    base = nn.Sequential(net, nn.BatchNorm1d(3), nn.Linear(3, 3))
+    base[2].bias.requires_grad_(False)
+    model = copy.deepcopy(base)
+    before = fingerprint(model)
+    adapt(model, x, also_train=["1", "2"])
+    learn(model, x, x[:, :3])
+    state = aira_state_dict(model)
+    kept = copy.deepcopy(state)
+    load_aira(base, state)
+    for one in (base, model):  # training goes on as if nothing had happened, and the file stays
+        learn(one, x, x[:, :3])
+    close(base(x), model(x))
+    torch.testing.assert_close(state, kept, rtol=0, atol=0)
+    head = base[2].weight.clone()
+    merge_aira(base)
+    assert torch.equal(base[2].weight, head)
+    assert not base[2].bias.requires_grad
+    assert not torch.equal(head, kept["2.weight"])
+    remove_aira(model)
+    assert fingerprint(model) == before
+
+
+def test_merge_rounds_once_and_refuses_a_diverged_run(net, x):
+    layer = net.bfloat16().mix
+    adapt(net, x.bfloat16())
+    nn.init.normal_(net.mix.lora_B)
+    B, A = net.mix.factors()
+    wanted = (layer.weight + (B @ A).T).bfloat16()
+    net.up.lora_B.data += math.inf
+    refuses(net, "'up' diverged", lambda: merge_aira(net))
+    net.up.lora_B.data.zero_()
+    merge_aira(net)
+    assert net.mix is layer
+    assert torch.equal(layer.weight, wanted)
+
+
+BROKEN = {  # a tensor of the file, and what becomes of its shape; None: it is missing
+    "'up' lora_B": ("up.lora_B", None),
+    "'up.lora_B' (24,": ("up.lora_A", None),
+    "'up' fit": ("up.lora_A", (2, 10)),
+    "'up' not": ("up.directions", (4, 9)),
+    "'head.bias' (7,)": ("head.bias", (7,)),
+    "'side.bias' (7,)": ("side.bias", (7,)),
+}
+
+
+@pytest.mark.parametrize("words", BROKEN)
+def test_a_broken_file_is_named_and_changes_nothing(net, x, words):
+    base = copy.deepcopy(net)
+    adapt(net, x, also_train="head")
+    state = aira_state_dict(net)
+    key, shape = BROKEN[words]
+    broken = {**state, key: torch.zeros(shape or 1)}
+    if shape is None:
+        del broken[key]
+    refuses(base, words, lambda: load_aira(base, broken))
+    refuses(base, "dict 'a.pt'", lambda: load_aira(base, "a.pt"))
+    load_aira(base, state)  # whereas the whole file does
+    refuses(base, "adapters", lambda: load_aira(base, state))
+
+
+@pytest.mark.parametrize("use", [merge_aira, remove_aira, aira_state_dict])
+def test_without_adapters_there_is_nothing_to_do(net, use):
+    refuses(net, "adapters apply_aira", lambda: use(net))
+
+
+@pytest.mark.parametrize("name", ["shared", "head"])
+def test_export_refuses_what_peft_would_confuse(net, x, name, tmp_path):
+    """It knows modules by the ends of their names, and would adapt a shared one in one place."""
+    net.overhead = nn.Identity()
+    confused = {"shared": {"targets": "shared"}, "head": {"targets": "up", "also_train": "head"}}
+    adapt(net, x, **confused[name])
+    refuses(net, "PEFT merge_aira", lambda: save_peft(net, tmp_path))
+    assert not list(tmp_path.iterdir())

@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from aira import AiraLinear, apply_aira
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CLOCK = time.perf_counter if DEVICE == "cuda" else time.process_time  # other work must not count
 CONTEXT = 64  # bytes in a window
 TASKS = {
     "gpt": "GPT, from Python to C++ (nats a byte)",
@@ -200,13 +201,13 @@ def train(model, part, rate, steps, seed, test, tests=1, muon=False):
     for step in range(1, steps + 1):
         rows = torch.randint(len(part[0]), (16 if model.causal else 32,), generator=order)
         x, y = part[0][rows.to(DEVICE)], part[1][rows.to(DEVICE)]
-        start = time.perf_counter()
+        start = CLOCK()
         model.zero_grad()
         F.cross_entropy(model(x).flatten(0, -2), y.flatten()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()  # which waits for a GPU
         for tool in tools:  # the optimizers, then their schedules
             tool.step()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(CLOCK() - start)
         if step * tests // steps > (step - 1) * tests // steps:
             curve.append(evaluate(model, test))
     return curve, statistics.median(seconds)
@@ -297,7 +298,8 @@ class Named(nn.Module):
 
 def peft(model, part, rank, scale=1, start=True, **options):
     """A variant of LoRA from Hugging Face's PEFT; start: init_lora_weights."""
-    from peft import CordaConfig, EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
+    from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
+    from peft.tuners.lora.config import CordaConfig
     from peft.tuners.lora.corda import preprocess_corda
 
     named, batches = Named(model), some_batches(part)
@@ -348,10 +350,12 @@ class Method(NamedTuple):
     rank: float = 1  # times the preset's
     steps: int = 1  # times the preset's
     muon: bool = False
+    goal: str = "LoRA"  # the method whose final loss is to be reached
 
 
 SCALES = [{"scale": scale} for scale in (1, 2, 4, 8, 16, 32)]
 NO_START, NO_RANKS, NO_G = {"random_start": True}, {"importance": equal}, {"amplify": 0}
+LONG = "LoRA, 4 x steps"
 METHODS = {
     "LoRA": Method(lora, 0.008, letter="L"),
     "LoRA, best scale": Method(lora, 0.004, SCALES, letter="S"),
@@ -369,9 +373,9 @@ METHODS = {
     "letter: loud amplified": Method(aira, 0.008, [{"amplify": -0.25}]),
     "LoRA, half rank": Method(lora, 0.008, rank=0.5),
     "AIRA, half rank": Method(aira, 0.016, rank=0.5),
-    "LoRA, 4 x steps": Method(lora, 0.008, steps=4),
-    "best scale, 4 x steps": Method(lora, 0.004, SCALES[1:5], steps=4),
-    "AIRA, 4 x steps": Method(aira, 0.016, steps=4),
+    LONG: Method(lora, 0.008, steps=4, goal=LONG),
+    "best scale, 4 x steps": Method(lora, 0.004, SCALES[1:5], steps=4, goal=LONG),
+    "AIRA, 4 x steps": Method(aira, 0.016, steps=4, goal=LONG),
     "DoRA": Method(peft, 0.008, [scale | {"use_dora": True} for scale in SCALES[:5:2]]),
     "EVA": Method(peft, 0.008, [scale | {"start": "eva"} for scale in SCALES[:5:2]]),
     "CorDA": Method(peft, 0.002, [scale | {"start": "corda"} for scale in SCALES[:3]]),
@@ -410,9 +414,9 @@ def run(job):
     size, method = PRESETS[job.preset], METHODS[job.name]
     torch.manual_seed(job.seed)
     model = copy.deepcopy(base)
-    start = time.perf_counter()
+    start = CLOCK()
     method.put(model, parts[0], round(method.rank * size.rank), **method.settings[job.setting])
-    setup = time.perf_counter() - start
+    setup = CLOCK() - start
     if model.new_head:
         model.head.requires_grad_(True)  # by all methods
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -424,10 +428,11 @@ def run(job):
 
 def search(job):
     """{rate: validation loss}, with the best of them inside."""
+    seeds = PRESETS[job.preset].tuning_seeds[: 2 if METHODS[job.name].steps == 1 else 1]
     rates, losses = [job.rate / 2, job.rate, job.rate * 2], {}
     while rates:
         for rate in rates:
-            jobs = [job._replace(rate=rate, seed=s) for s in PRESETS[job.preset].tuning_seeds]
+            jobs = [job._replace(rate=rate, seed=seed) for seed in seeds]
             losses[rate] = np.nan_to_num(np.mean([run(one).curve[-1] for one in jobs]), nan=np.inf)
         best = min(losses, key=losses.get)
         rates = [best / 2] * (best == min(losses)) + [best * 2] * (best == max(losses))
@@ -500,11 +505,10 @@ def table(results, jobs, steps):
     print(f"{'to LoRA`s final loss':>80}".replace("`", "'"))
     print("method                 scale    rate  trained   test loss         steps    time")
     for name, runs in results.items():
-        many = METHODS[name].steps
-        goal = results["LoRA" if many == 1 else "LoRA, 4 x steps"]
-        scale = METHODS[name].settings[jobs[name].setting].get("scale", "")
+        method = METHODS[name]
+        scale = method.settings[jobs[name].setting].get("scale", "")
         final = [run.curve[-1] for run in runs]
-        to, share = speed(runs, goal, many * steps)
+        to, share = speed(runs, results[method.goal], method.steps * steps)
         print(
             f"{name:22} {scale:5} {jobs[name].rate:7.3g} {runs[0].trained:8,}  "
             f"{np.mean(final):.4f} +-{error(final):.4f} {to:>10} {share:>7}"
@@ -531,6 +535,7 @@ def report(kind, known, results, jobs, options):
         METHODS[n].letter: np.mean([r.curve for r in runs], 0) for n, runs in lettered.items()
     }
     goal = curves["L"][-1]
+    print("Test loss:", ", ".join(f"{METHODS[name].letter} {name}" for name in lettered))
     chart(curves, goal, size.steps)
     table(results, jobs, size.steps)
     if "AIRA" in results:
@@ -580,7 +585,8 @@ def main():
     kinds = [options.model] if options.model else ["vit", "gpt"]
     names = [name for name, method in METHODS.items() if options.full or method.letter]
     if options.only:
-        names = ["LoRA", *(name for name in options.only if name != "LoRA")]
+        names = {"LoRA": 0} | {METHODS[name].goal: 0 for name in options.only}
+        names = list(names | dict.fromkeys(options.only))
 
     spawn = torch.multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(None, spawn, torch.set_num_threads, (1,)) as pool:
