@@ -77,6 +77,16 @@ def upcast(tensor):
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def is_conv1d(module):
+    """Hugging Face's Conv1D, in GPT-2: a linear layer that stores its weight as (in, out)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def weight_of(layer):
+    """The weight as (out, in)."""
+    return layer.weight.detach().T if is_conv1d(layer) else layer.weight.detach()
+
+
 # ---- 1. Listening ------------------------------------------------------------------------------
 # Abstract: existing methods "fail to account for activation information, such as outliers".
 #
@@ -114,6 +124,13 @@ class Listener:
         self.tokens, self.keys = tokens[largest], keys[largest]
         self.count += len(x)
         self.last_call = time.perf_counter()
+
+    def finish(self):
+        if dist.is_available() and dist.is_initialized():  # all processes must get the same ranks,
+            box = [self.tokens.cpu()]
+            dist.broadcast_object_list(box)  # so all take the first one's tokens
+            self.tokens = box[0].to(self.tokens)
+        self.X, self.rms = scale_tokens(self.tokens)
 
 
 def scale_tokens(tokens):
@@ -406,21 +423,6 @@ class Report(NamedTuple):
         return "\n".join([*lines, self.summary])
 
 
-def is_conv1d(module):
-    """Hugging Face's Conv1D, in GPT-2: a linear layer that stores its weight as (in, out)."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
-def is_linear(module):
-    """No subclass, for it may do anything: nn.MultiheadAttention never calls its out_proj."""
-    return type(module) is nn.Linear or is_conv1d(module)
-
-
-def weight_of(layer):
-    """The weight as (out, in)."""
-    return layer.weight.detach().T if is_conv1d(layer) else layer.weight.detach()
-
-
 def select(names, patterns, option):
     """The names in which a pattern stands as a run of whole parts: "q_proj", "layers.0"."""
     chosen = set()
@@ -453,14 +455,22 @@ def check_weight(name, weight):
     raise ValueError(f"the weight of {name!r} {problem}")
 
 
-def find_layers(model, targets, exclude, in_full):
-    """The layers to adapt, {name: module}; in_full: the modules that also_train names."""
+def linear_layers(model, in_full):
+    """{name: module} of all that can have an adapter; in_full: what also_train names."""
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     linear = {}
     for name, module in model.named_modules():
-        # a tied weight is left alone: merging would change it for its other owner, too
-        if name and is_linear(module) and module not in in_full and owners[id(module.weight)] < 2:
+        # No subclass, for it may do anything: nn.MultiheadAttention never calls its out_proj.
+        plain = type(module) is nn.Linear or is_conv1d(module)
+        tied = plain and owners[id(module.weight)] > 1  # merging would change its other owner
+        if name and plain and not tied and module not in in_full:
             linear[name] = module
+    return linear
+
+
+def find_layers(model, targets, exclude, in_full):
+    """{name: module} of those to adapt; without targets all but the output head."""
+    linear = linear_layers(model, in_full)
     if targets is None:
         head = getattr(model, "get_output_embeddings", lambda: None)()
         targets = [name for name in linear if linear[name] is not head]
@@ -494,11 +504,7 @@ def listen(model, layers, calibrate):
     for name, listener in listeners.items():
         if calibrate and not listener.count:
             raise ValueError(f"calibrate never ran {name!r}: exclude it, or is it a generator?")
-        if dist.is_available() and dist.is_initialized():
-            box = [listener.tokens.cpu()]
-            dist.broadcast_object_list(box)  # all processes hear the first one's: equal ranks
-            listener.tokens = box[0].to(listener.tokens)
-        listener.X, listener.rms = scale_tokens(listener.tokens)
+        listener.finish()
     return listeners
 
 
@@ -515,15 +521,16 @@ def assign_ranks(layers, heard, rank, importance, allocate):
     return rows
 
 
-def summary(model, rows, heard, trained):
+def summary(model, rows, heard, in_full):
     """What to know beside the table, in words."""
     adapted = {f"{row.name}.base.weight" for row in rows}
-    frozen = [n for n, p in model.named_parameters() if p.dim() > 1 and not p.requires_grad]
+    frozen = [name for name, p in model.named_parameters() if p.dim() > 1 and not p.requires_grad]
     frozen = [name for name in frozen if name not in adapted]
+    also = sum(p.numel() for module in in_full for p in module.parameters(recurse=False))
     last = max(heard, key=lambda name: heard[name].last_call)
     return (
         f"trained: {sum(row.parameters for row in rows):,} parameters in adapters, "
-        f"{sum(t.numel() for t in trained.values()):,} in also_train\n"
+        f"{also:,} in also_train\n"
         f"frozen, without adapter: {', '.join(frozen[:9]) or 'no matrix'}\n"
         f"ran last: {last if heard[last].count else 'nothing'} "
         "(a new head, yet untrained, belongs in also_train)"
@@ -556,8 +563,7 @@ def apply_aira(
     allocate    greedy_ranks or knapsack_ranks
     amplify     p: above 0 quiet directions are turned up, below 0 loud ones, at 0 none
 
-    Call it before making the optimizer, and before torch.compile, DDP or fully_shard.  ValueError
-    or TypeError for bad input; then the model is as it was.
+    Before making the optimizer, torch.compile, DDP.  Bad input: ValueError, TypeError, no change.
     """
     check_bare(model)
     if init not in ("svd_A", "svd"):
@@ -567,19 +573,15 @@ def apply_aira(
     modules = dict(model.named_modules(remove_duplicate=False))
     in_full = {modules[name] for name in select(modules, also_train, "also_train")}
     layers = find_layers(model, targets, exclude, in_full)
-    trained = {}
-    for key, tensor in model.state_dict(keep_vars=True).items():
-        if modules[key.rpartition(".")[0]] in in_full:
-            trained[key] = tensor
 
     heard = listen(model, layers, calibrate)
     rows = assign_ranks(layers, heard, rank, importance, allocate)
     adapters = {}
     for row in rows:
-        name = row.name
-        adapters[name] = start_adapter(layers[name], heard[name], row.rank, init, amplify)
-    install(model, adapters, trained)
-    return Report(rows, summary(model, rows, heard, trained))
+        layer, listener = layers[row.name], heard[row.name]
+        adapters[row.name] = start_adapter(layer, listener, row.rank, init, amplify)
+    install(model, adapters, in_full)
+    return Report(rows, summary(model, rows, heard, in_full))
 
 
 # ---- 6. Save, load, remove, merge, export ------------------------------------------------------
@@ -608,14 +610,18 @@ def replace(model, new):
             parent._modules[name] = new.get(child, child)
 
 
-def install(model, adapters, trained):
-    """Freeze the model and put the adapters in, the first change to it."""
+def install(model, adapters, in_full):
+    """Freeze the model, put the adapters in, and let the modules in_full train."""
+    names = {n for n, m in model.named_modules(remove_duplicate=False) if m in in_full}
+    before = {}
+    for key, tensor in model.state_dict().items():
+        if key.rpartition(".")[0] in names:
+            before[key] = tensor.clone()
     trainable = [p for p in model.parameters() if p.requires_grad]
-    before = {key: tensor.detach().clone() for key, tensor in trained.items()}
     model._aira = Adapted(adapters, trainable, before)
     model.requires_grad_(False)
-    for tensor in trained.values():
-        tensor.requires_grad_(isinstance(tensor, nn.Parameter))
+    for module in in_full:
+        module.requires_grad_(True)
     replace(model, {adapter.base: adapter for adapter in adapters.values()})
 
 
@@ -663,43 +669,48 @@ def load_aira(model: nn.Module, state: dict[str, Tensor]) -> None:
     if not isinstance(state, dict):
         raise TypeError(f"load_aira takes the dict that torch.load returns, not {state!r}")
     check_bare(model)
-    own = model.state_dict(keep_vars=True)
-    parts, also_train = {}, {}
+    modules, own = dict(model.named_modules(remove_duplicate=False)), model.state_dict()
+    parts, rest, in_full = {}, {}, set()
     for key, tensor in state.items():
         name, _, part = key.rpartition(".")
         if f"{name}.lora_A" in state:
             parts.setdefault(name, {})[part] = tensor.clone()
         elif key in own and own[key].shape == tensor.shape:
-            also_train[key] = own[key]
+            rest[key] = tensor
+            in_full.add(modules[name])
         else:
             raise ValueError(f"{key!r} {tuple(tensor.shape)} has no place in {type(model)}")
     adapters = {}
     for name, tensors in parts.items():
         try:
-            layer = model.get_submodule(name)
+            layer = modules[name]
             adapters[name] = AiraLinear(layer, **tensors).to(layer.weight.device)
-            adapters[name].weight.isfinite()  # all shapes must fit
-        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            adapters[name].weight.isfinite()  # an error if shapes do not fit
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{name!r} does not fit this model: {error}") from error
-    install(model, adapters, also_train)
-    model.load_state_dict({key: state[key] for key in also_train}, strict=False)
+    install(model, adapters, in_full)
+    model.load_state_dict(rest, strict=False)
 
 
-def save_peft(model: nn.Module, directory: str | Path) -> None:
-    """Write a plain LoRA: PeftModel.from_pretrained(base, directory).
-
-    ValueError where PEFT, which knows modules by the ends of their names, would take others.
-    """
-    model = find_adapters(model)
-    adapters, _, also_train = model._aira
-    tensors = {key: model.state_dict()[key] for key in also_train}
-    # PEFT takes modules_to_save for ends of names, and adapts a shared module in one place only.
-    modules_to_save = sorted({key.rpartition(".")[0] for key in also_train})
+def check_export(model, adapters, modules_to_save):
+    """PEFT takes modules_to_save for ends of names, and adapts a shared module in one place."""
     for name, module in model.named_modules(remove_duplicate=False):
         alike = name.endswith(tuple(modules_to_save)) and name not in modules_to_save
         shared = isinstance(module, AiraLinear) and name not in adapters
         if alike or shared:
             raise ValueError(f"PEFT would confuse {name!r}: use merge_aira and save the model")
+
+
+def save_peft(model: nn.Module, directory: str | Path) -> None:
+    """Write a plain LoRA, to load with PeftModel.from_pretrained(base, directory).
+
+    ValueError, and nothing written, where PEFT would take other modules than we did.
+    """
+    model = find_adapters(model)
+    adapters, _, also_train = model._aira
+    tensors = {key: model.state_dict()[key] for key in also_train}
+    modules_to_save = sorted({key.rpartition(".")[0] for key in also_train})
+    check_export(model, adapters, modules_to_save)
     ranks = {}
     for name, adapter in adapters.items():
         tensors[f"{name}.lora_B.weight"], tensors[f"{name}.lora_A.weight"] = adapter.factors()
@@ -707,14 +718,14 @@ def save_peft(model: nn.Module, directory: str | Path) -> None:
     config = {
         "peft_type": "LORA",
         "target_modules": "|".join(re.escape(name) for name in adapters),
-        "rank_pattern": ranks,  # for PEFT regular expressions, which "^" holds to whole names
+        "rank_pattern": ranks,  # regular expressions, which "^" holds to whole names
         "alpha_pattern": ranks,  # alpha / rank = 1, for s is in B
         "modules_to_save": modules_to_save or None,
     }
+    tensors = {f"base_model.model.{k}": t.detach().cpu().contiguous() for k, t in tensors.items()}
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
-    tensors = {f"base_model.model.{k}": t.detach().cpu().contiguous() for k, t in tensors.items()}
     try:
         from safetensors.torch import save_file
 
