@@ -6,15 +6,16 @@ y = W x + s B A x; A (r, in) starts at random, B (out, r) at zero, and all layer
 AIRA first runs the model on a few batches and measures its activations.  They decide
 
     the start    A starts from an SVD of W in which loud input channels weigh more;
-    the ranks    LoRA's parameter budget is shared out, more to layers with more outliers;
+    the ranks    LoRA's parameter budget is shared out, more where large weights meet loud inputs;
     the updates  the adapter reads G x in place of x, where a fixed G rescales directions.
 
 Where this file departs from the abstract, because it measured better:
-    start    B is zero: the SVD gives A's directions only.  init="svd" starts both factors from it.
-    ranks    by the sum of a layer's outliers, not by the share of its weights that are outliers.
-    updates  the sign is reversed.  The abstract amplifies the updates of significant weights, those
-             that loud inputs meet.  That was worse than doing nothing; the opposite was better.  By
-             default G turns quiet directions up and loud ones down; amplify=-0.25: the abstract.
+    activations  each token is first divided by its own loudness, so that no few loud tokens decide.
+    start        B is zero: the SVD gives A's directions only.  init="svd" starts both factors.
+    updates      the sign is reversed.  The abstract amplifies the updates of significant weights,
+                 those that loud inputs meet.  That was worse than doing nothing; the opposite was
+                 better.  By default G turns loud directions down and quiet ones up; a negative
+                 `amplify` follows the abstract.
 
 Use, in any training loop:
 
@@ -31,8 +32,8 @@ Use, in any training loop:
 Symbols, for one linear layer (a token is any vector that enters it: of text, image or table):
 
     x (in,)                 a token
-    X (n, in)               a sample of its tokens, each divided by its own loudness
-    rms (in,), S            how loud each input channel is (root mean square);  S = diag(rms)
+    X (n, in)               a sample of its tokens, each divided by its own root mean square, l
+    rms (in,), S            RMS of X's channels times the layer's typical l;  S = diag(rms)
     C (in, in)              X^T X / n: how loud each direction of inputs is; never formed
     G (in, in)              (C + damping I)^-p, p = `amplify`; kept as a few directions, with gains
     W (out, in)             the layer's own weight, frozen
@@ -65,11 +66,11 @@ from torch import Tensor
 Names = str | Iterable[str]
 
 SAMPLE = 1024  # tokens kept of each layer: with 4,096, or with all, the losses were the same
-DIRECTIONS = 2  # that G knows, for each unit of rank: it makes the saved adapter twice LoRA's
+DIRECTIONS = 2  # G knows 2 r directions: more did not help, and the file is twice LoRA's already
 DAMPING = 0.1  # a tenth of C's average eigenvalue, which is 1; it bounds G by 0.1^-p
-SCALE = 0.5  # s, and A0's rows have length 1/s: long rows turn less in Adam's steps of fixed size
+SCALE = 0.5  # s; A0 = V_r^T / s, for a step of Adam, of fixed size, turns long rows less
 FLOOR = 1e-4  # of the mean loudness: a channel that never fired must not be divided by zero
-COINS = 2**18  # columns of the knapsack's table at most: a byte for each and each unit of rank
+COINS = 2**18  # bounds the memory of knapsack_ranks: so many bytes for each unit of rank
 
 
 def upcast(tensor):
@@ -126,9 +127,10 @@ class Listener:
         self.last_call = time.perf_counter()
 
     def finish(self):
-        if dist.is_available() and dist.is_initialized():  # all processes must get the same ranks,
+        # All processes must get the same ranks: they take the first one's tokens.
+        if dist.is_available() and dist.is_initialized():
             box = [self.tokens.cpu()]
-            dist.broadcast_object_list(box)  # so all take the first one's tokens
+            dist.broadcast_object_list(box)
             self.tokens = box[0].to(self.tokens)
         self.X, self.rms = scale_tokens(self.tokens)
 
@@ -270,7 +272,7 @@ def knapsack_ranks(
         price = math.ceil(costs[layer] / coin)
         for rank in range(least, max_ranks[layer]):
             bought = best[:-price] + theta[layer] * math.log((rank + 1) / rank)
-            better = bought > best[price:]  # is the unit worth its price?
+            better = bought > best[price:]  # of b + price coins, better[b]: is it worth its price?
             best[price:] = np.maximum(best[price:], bought)
             units.append((layer, price, better))
 
@@ -293,14 +295,14 @@ def knapsack_ranks(
 #     y = W x + s (B A - B0 A0) G x ,    G = (C + damping I)^-p
 #
 # Where C is large, G is small.  At p = 0, G = I; at p = 1/2, but for the damping, G x is equally
-# loud in all directions (whitened); the default 1/3 goes part of the way, and did no harm on any
-# model tried.  G acts on a step twice.  A token with error e gives A the gradient s B^T e (G x)^T,
+# loud in all directions (whitened); the default 1/3 goes part of the way.  (1/2 measured as good or
+# better on four models, but minds a high rate more.)  G acts on a step twice.  A token with error e gives A the gradient s B^T e (G x)^T,
 # and a change dA changes W by s B dA G; so SGD moves W by s^2 B B^T e x^T G^2.  (At p = 1/2, G^2
-# is K-FAC's factor for inputs, here kept fixed.)  Adam evens out the sizes of gradients, which
-# leaves about one G.
+# is K-FAC's factor for inputs, here kept fixed.)  Adam evens out the sizes of gradients, entry by
+# entry: about one G remains as far as G is diagonal.
 #
-# The start: B0 = 0 and A0 = V_r^T / s.  V belongs to W S, whose input is S^-1 x, and G x resembles
-# that as far as C is diagonal; beyond, this is a heuristic that measured well.  init="svd" takes
+# The start: B0 = 0 and A0 = V_r^T / s.  V belongs to W S, whose input is S^-1 x.  For a diagonal C,
+# p = 1/2 and no damping G x is just that; otherwise this is a heuristic that measured well.  init="svd" takes
 # the abstract by its word: s B0 A0 G is section 2's best approximation of W, and is subtracted
 # again, for the output must not jump.
 #
@@ -413,7 +415,7 @@ class Report(NamedTuple):
     summary: str
 
     def __str__(self) -> str:
-        width = max(len(row.name) for row in self.rows)
+        width = max(5, *(len(row.name) for row in self.rows))
         lines = [f"{'layer':{width}}    out x in      tokens  importance  rank  parameters"]
         for name, (out, into), tokens, theta, rank, parameters in self.rows:
             shape = f"{out:>6} x {into:<6}"
@@ -435,6 +437,7 @@ def select(names, patterns, option):
 
 
 def check_bare(model):
+    """No adapters yet: neither ours, which install (section 6) notes as _aira, nor PEFT's."""
     for module in model.modules():
         if "_aira" in vars(module) or hasattr(module, "peft_config"):
             raise ValueError("it has adapters: remove_aira, merge_aira or PEFT's unload() first")
@@ -456,7 +459,7 @@ def check_weight(name, weight):
 
 
 def linear_layers(model, in_full):
-    """{name: module} of all that can have an adapter; in_full: what also_train names."""
+    """{name: module} of all that can have an adapter; in_full: the modules also_train names."""
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     linear = {}
     for name, module in model.named_modules():
@@ -471,10 +474,11 @@ def linear_layers(model, in_full):
 def find_layers(model, targets, exclude, in_full):
     """{name: module} of those to adapt; without targets all but the output head."""
     linear = linear_layers(model, in_full)
-    if targets is None:
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        targets = [name for name in linear if linear[name] is not head]
-    chosen = select(linear, targets, "targets") - select(linear, exclude, "exclude")
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    chosen = {name for name in linear if linear[name] is not head}
+    if targets is not None:
+        chosen = select(linear, targets, "targets")
+    chosen -= select(linear, exclude, "exclude")
     if not chosen:
         raise ValueError(f"no linear layer is left to adapt, {exclude=}")
     for name in chosen:
@@ -561,7 +565,7 @@ def apply_aira(
     init        "svd_A": A0 from the weighted SVD, B0 = 0;  "svd": both factors (section 4)
     importance  function (W, rms) -> theta;  lambda W, rms: sum(W.shape) gives equal ranks
     allocate    greedy_ranks or knapsack_ranks
-    amplify     p: above 0 quiet directions are turned up, below 0 loud ones, at 0 none
+    amplify     p: above 0 loud directions are turned down, below 0 up (the abstract), 0: G = I
 
     Before making the optimizer, torch.compile, DDP.  Bad input: ValueError, TypeError, no change.
     """
@@ -626,7 +630,7 @@ def install(model, adapters, in_full):
 
 
 def remove_aira(model: nn.Module) -> None:
-    """Take the adapters off: the model that went in, what also_train trained included."""
+    """Give back the model that went in; also_train's modules get their old values, too."""
     model = find_adapters(model)
     adapters, trainable, before = vars(model).pop("_aira")
     replace(model, {adapter: adapter.base for adapter in adapters.values()})
@@ -685,8 +689,10 @@ def load_aira(model: nn.Module, state: dict[str, Tensor]) -> None:
         try:
             layer = modules[name]
             adapters[name] = AiraLinear(layer, **tensors).to(layer.weight.device)
-            adapters[name].weight.isfinite()  # an error if shapes do not fit
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            B, A = adapters[name].factors()
+            if (len(B), A.shape[1]) != weight_of(layer).shape:
+                raise ValueError(f"lora_B {tuple(B.shape)}, lora_A {tuple(A.shape)}")
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{name!r} does not fit this model: {error}") from error
     install(model, adapters, in_full)
     model.load_state_dict(rest, strict=False)

@@ -78,10 +78,14 @@ class Block(nn.Module):
 
     def __init__(self, width, causal):
         super().__init__()
-        self.heads, self.causal = width // 32, causal
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.heads = width // 32
+        self.causal = causal
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
 
     def forward(self, x):
         heads = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, 32)).permute(2, 0, 3, 1, 4)
@@ -121,9 +125,11 @@ def texts(paths):
     """Files as windows of bytes; at most 512 of them in validation, 1,024 in test."""
     paths = sorted(paths)
     random.Random(0).shuffle(paths)
-    windows, files = ([], [], []), ([], [], [])
+    windows = [], [], []
+    files = [], [], []
     for number, path in enumerate(paths):
-        part, text = {0: 1, 1: 2}.get(number % 8, 0), path.read_bytes()
+        part = {0: 1, 1: 2}.get(number % 8, 0)
+        text = path.read_bytes()
         for start in range(0, len(text) - CONTEXT, CONTEXT + 1):
             windows[part].append(np.frombuffer(text, np.uint8, CONTEXT + 1, start))
             files[part].append(number)
@@ -142,18 +148,22 @@ def glyphs(classes, sizes, curved, seed):
 
     Each image warps and shifts its glyph a little; curved ones are in negative.
     """
-    rng, n, grid = np.random.default_rng(seed), sum(sizes), np.linspace(-1, 1, 32, dtype="f")
+    rng = np.random.default_rng(seed)
+    n = sum(sizes)
+    grid = np.linspace(-1, 1, 32, dtype="f")
     t = np.linspace(0, 1, 24)[:, None]  # 24 points along each stroke
     begin, end = rng.uniform(-0.7, 0.7, (2, classes, 4, 1, 2))
     bend = rng.uniform(-0.6, 0.6, (classes, 4, 1, 2)) * curved
     strokes = (1 - t) * begin + t * end + 4 * t * (1 - t) * bend
     label = rng.integers(classes, size=n)
-    warp, shift = np.eye(2) + rng.normal(0, 0.1, (n, 2, 2)), rng.normal(0, 0.12, (n, 1, 2))
+    warp = np.eye(2) + rng.normal(0, 0.1, (n, 2, 2))
+    shift = rng.normal(0, 0.12, (n, 1, 2))
     points = (strokes.reshape(classes, 96, 2)[label] @ warp + shift).astype("f")
     x = np.exp(-(((points[:, :, :1] - grid) / 0.075) ** 2))
     y = np.exp(-(((points[:, :, 1:] - grid) / 0.075) ** 2))
-    ink = rng.uniform(0.5, 1.5, (n, 1, 1)) * (1 - 2 * curved)
-    images = np.minimum(y.swapaxes(1, 2) @ x, 1) * ink + rng.normal(0, 0.2, (n, 32, 32))
+    strength = rng.uniform(0.5, 1.5, (n, 1, 1)) * (1 - 2 * curved)
+    ink = np.minimum(y.swapaxes(1, 2) @ x, 1)
+    images = ink * strength + rng.normal(0, 0.2, (n, 32, 32))
     patches = images.reshape(n, 4, 8, 4, 8).swapaxes(2, 3).reshape(n, 16, 64)
     columns = torch.tensor(patches, device=DEVICE).float(), torch.tensor(label, device=DEVICE)
     parts = zip(*(column.split(sizes) for column in columns), strict=True)
@@ -354,7 +364,9 @@ class Method(NamedTuple):
 
 
 SCALES = [{"scale": scale} for scale in (1, 2, 4, 8, 16, 32)]
-NO_START, NO_RANKS, NO_G = {"random_start": True}, {"importance": equal}, {"amplify": 0}
+NO_START = {"random_start": True}
+NO_RANKS = {"importance": equal}
+NO_G = {"amplify": 0}
 LONG = "LoRA, 4 x steps"
 METHODS = {
     "LoRA": Method(lora, 0.008, letter="L"),
@@ -410,6 +422,7 @@ class Run(NamedTuple):
 
 
 def run(job):
+    """Fine-tune the base once -> Run."""
     base, parts = load(job.kind, job.preset, job.base)
     size, method = PRESETS[job.preset], METHODS[job.name]
     torch.manual_seed(job.seed)
@@ -525,36 +538,55 @@ def differences(results, groups, goal):
         print(f"{name:44} {less.mean():+8.4f} {seeds:9.4f} {files:8.4f}")
 
 
+def plot(curves, steps, file):
+    """The chart as a picture."""
+    from matplotlib import pyplot
+
+    for letter, curve in curves.items():
+        pyplot.plot(np.linspace(0, steps, len(curve) + 1)[1:], curve, label=letter)
+    pyplot.legend()
+    pyplot.xlabel("step")
+    pyplot.ylabel("test loss")
+    pyplot.savefig(file)
+    pyplot.close()
+
+
 def report(kind, known, results, jobs, options):
     """All that is printed of one model."""
     job = jobs["LoRA"]
-    size, (_, parts) = PRESETS[job.preset], load(kind, job.preset, job.base)
+    steps = PRESETS[job.preset].steps
     print(f"\n{TASKS[kind]}; the base: {known}.\n")
-    lettered = {name: runs for name, runs in results.items() if METHODS[name].letter}
-    curves = {
-        METHODS[n].letter: np.mean([r.curve for r in runs], 0) for n, runs in lettered.items()
-    }
-    goal = curves["L"][-1]
-    print("Test loss:", ", ".join(f"{METHODS[name].letter} {name}" for name in lettered))
-    chart(curves, goal, size.steps)
-    table(results, jobs, size.steps)
+    curves = {}
+    for name, runs in results.items():
+        if METHODS[name].letter:
+            curves[METHODS[name].letter] = np.mean([run.curve for run in runs], axis=0)
+            print(f"{METHODS[name].letter}  {name}")
+    print(".  LoRA's final test loss\n")
+    chart(curves, curves["L"][-1], steps)
+    table(results, jobs, steps)
     if "AIRA" in results:
-        to, share = speed(results["AIRA"], results["LoRA"], size.steps)
-        sentence = f"after {to} of {size.steps} steps, in {share} of its time."
-        if not share:
-            sentence = f"never in {size.steps} steps."
-        print(f"\nAIRA reached LoRA's final loss {sentence}")
+        to, share = speed(results["AIRA"], results["LoRA"], steps)
+        when = f"after {to} of {steps} steps, in {share} of its time" if share else "at no step"
+        print(f"\nAIRA reached LoRA's final loss {when}.")
     if options.full:
-        for goal in [name for name in ("LoRA", "LoRA, best scale") if name in results]:
-            differences(results, parts[2][2], goal)
+        _, parts = load(kind, job.preset, job.base)
+        differences(results, parts[2][2], "LoRA")
+        if "LoRA, best scale" in results:
+            differences(results, parts[2][2], "LoRA, best scale")
     if options.plot:
-        from matplotlib import pyplot
+        plot(curves, steps, f"{kind}-{options.plot}")
 
-        for letter, curve in curves.items():
-            pyplot.plot(np.linspace(0, size.steps, len(curve) + 1)[1:], curve, label=letter)
-        pyplot.legend()
-        pyplot.savefig(f"{kind}-{options.plot}")
-        pyplot.close()
+
+def available(name):
+    """Can the method run with what is installed?"""
+    missing = ""
+    if METHODS[name].muon and not hasattr(torch.optim, "Muon"):
+        missing = "torch 2.9"
+    if METHODS[name].put is peft and not importlib.util.find_spec("peft"):
+        missing = "pip install peft attrs"
+    if missing:
+        print(f"{name} is left out: it needs {missing}")
+    return not missing
 
 
 def best_jobs(pool, kind, preset, path, names):
@@ -576,7 +608,7 @@ def main():
     parser.add_argument("--full", action="store_true", help="all methods, larger, five seeds")
     parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")
     parser.add_argument("--model", choices=["vit", "gpt"], help="one of the two")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="some methods, beside LoRA")
+    parser.add_argument("--only", nargs="+", choices=METHODS, metavar="NAME", help="with LoRA")
     parser.add_argument("--plot", metavar="FILE", help="draw the curves (needs matplotlib)")
     options, start = parser.parse_args(), time.monotonic()
     if options.plot and not importlib.util.find_spec("matplotlib"):
@@ -584,6 +616,7 @@ def main():
     preset = "smoke" if options.smoke else f"{'full' if options.full else 'default'}, {DEVICE}"
     kinds = [options.model] if options.model else ["vit", "gpt"]
     names = [name for name, method in METHODS.items() if options.full or method.letter]
+    names = [name for name in names if available(name)]
     if options.only:
         names = {"LoRA": 0} | {METHODS[name].goal: 0 for name in options.only}
         names = list(names | dict.fromkeys(options.only))
