@@ -296,15 +296,17 @@ def knapsack_ranks(
 #
 # Where C is large, G is small.  At p = 0, G = I; at p = 1/2, but for the damping, G x is equally
 # loud in all directions (whitened); the default 1/3 goes part of the way.  (1/2 measured as good or
-# better on four models, but minds a high rate more.)  G acts on a step twice.  A token with error e gives A the gradient s B^T e (G x)^T,
-# and a change dA changes W by s B dA G; so SGD moves W by s^2 B B^T e x^T G^2.  (At p = 1/2, G^2
-# is K-FAC's factor for inputs, here kept fixed.)  Adam evens out the sizes of gradients, entry by
-# entry: about one G remains as far as G is diagonal.
+# better on four models, but minds a high rate more.)
+#
+# G acts on a step twice.  A token with error e gives A the gradient s B^T e (G x)^T, and a change
+# dA changes W by s B dA G; so SGD moves W along s^2 B B^T e x^T G^2.  (At p = 1/2, G^2 is K-FAC's
+# factor for inputs, here kept fixed.)  Adam evens out the sizes of gradients, entry by entry: about
+# one G remains as far as G is diagonal.
 #
 # The start: B0 = 0 and A0 = V_r^T / s.  V belongs to W S, whose input is S^-1 x.  For a diagonal C,
-# p = 1/2 and no damping G x is just that; otherwise this is a heuristic that measured well.  init="svd" takes
-# the abstract by its word: s B0 A0 G is section 2's best approximation of W, and is subtracted
-# again, for the output must not jump.
+# p = 1/2 and no damping G x is just that; otherwise this is a heuristic that measured well.
+# init="svd" takes the abstract by its word: s B0 A0 G is section 2's best approximation of W, and
+# is subtracted again, for the output must not jump.
 #
 # Official: AwLinear scales B A x by |W x|, brought to 0 .. 1 over the batch: that only turns down,
 # ties a sample to its batch and is lost on merging.  Its SVD start changes the output.
@@ -509,6 +511,8 @@ def listen(model, layers, calibrate):
         if calibrate and not listener.count:
             raise ValueError(f"calibrate never ran {name!r}: exclude it, or is it a generator?")
         listener.finish()
+        if not listener.rms.isfinite().all():
+            raise ValueError(f"NaN, inf or huge numbers reach {name!r}: mend weights or batches")
     return listeners
 
 
@@ -690,7 +694,7 @@ def load_aira(model: nn.Module, state: dict[str, Tensor]) -> None:
             layer = modules[name]
             adapters[name] = AiraLinear(layer, **tensors).to(layer.weight.device)
             B, A = adapters[name].factors()
-            if (len(B), A.shape[1]) != weight_of(layer).shape:
+            if (B @ A).shape != weight_of(layer).shape:
                 raise ValueError(f"lora_B {tuple(B.shape)}, lora_A {tuple(A.shape)}")
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{name!r} does not fit this model: {error}") from error
