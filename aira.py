@@ -172,9 +172,11 @@ def lowrank_svd(matrix, rank):
     The randomised SVD, many times faster than the whole one.  16 columns beyond the rank and five
     iterations bring its error within a thousandth of the optimum, on flat spectra too.
     """
+    columns = min(rank + 16, *matrix.shape)
     with torch.random.fork_rng(range(torch.cuda.device_count())):  # the caller's seed stays
         torch.manual_seed(0)
-        U, sigma, V = torch.svd_lowrank(matrix, q=min(rank + 16, *matrix.shape), niter=5)
+        with torch.autocast(matrix.device.type, enabled=False):
+            U, sigma, V = torch.svd_lowrank(matrix, columns, niter=5)
     return U[:, :rank], sigma[:rank], V[:, :rank].T
 
 
@@ -328,8 +330,9 @@ def whitening(X, power, k):
 def times_G(A, directions, gains):
     """A (r, in) -> A G (r, in), where G = g I + D^T diag(gains - g) D, g the last gain."""
     g = gains[-1]
-    along = A @ directions.T  # (r, k)
-    return g * A + (along * (gains[:-1] - g)) @ directions
+    with torch.autocast(A.device.type, enabled=False):  # what is left of loud ones needs the digits
+        along = A @ directions.T  # (r, k)
+        return g * A + (along * (gains[:-1] - g)) @ directions
 
 
 class AiraLinear(nn.Module):
@@ -365,9 +368,7 @@ class AiraLinear(nn.Module):
         A, B = upcast(self.lora_A), upcast(self.lora_B)
         if self.start_A is not None:
             A, B = torch.cat([A, self.start_A]), torch.cat([self.start_B + B, B], dim=1)
-        with torch.autocast(A.device.type, enabled=False):  # loud directions need the digits
-            A = times_G(A, upcast(self.directions), upcast(self.gains))
-        return SCALE * B, A
+        return SCALE * B, times_G(A, upcast(self.directions), upcast(self.gains))
 
     def forward(self, input: Tensor) -> Tensor:
         B, A = self.factors()
@@ -483,9 +484,10 @@ def find_layers(model, targets, exclude, in_full):
     chosen -= select(linear, exclude, "exclude")
     if not chosen:
         raise ValueError(f"no linear layer is left to adapt, {exclude=}")
-    for name in chosen:
-        check_weight(name, linear[name].weight)
-    return {name: module for name, module in linear.items() if name in chosen}
+    layers = {name: module for name, module in linear.items() if name in chosen}
+    for name, layer in layers.items():
+        check_weight(name, layer.weight)
+    return layers
 
 
 def listen(model, layers, calibrate):
@@ -731,6 +733,7 @@ def save_peft(model: nn.Module, directory: str | Path) -> None:
         "rank_pattern": ranks,  # regular expressions, which "^" holds to whole names
         "alpha_pattern": ranks,  # alpha / rank = 1, for s is in B
         "modules_to_save": modules_to_save or None,
+        "fan_in_fan_out": all(is_conv1d(adapter.base) for adapter in adapters.values()),
     }
     tensors = {f"base_model.model.{k}": t.detach().cpu().contiguous() for k, t in tensors.items()}
     folder = Path(directory)

@@ -232,10 +232,10 @@ def test_large_svd_is_within_a_thousandth_of_the_optimum_and_repeatable():
 def test_svd_edges(loud):
     """Channels that never fired have no say; if none fired, it is the plain SVD; half; ranks."""
     W = randn(8, 10).bfloat16()
-    rms = torch.full((10,), loud).float()
+    rms = loud * torch.ones(10)
     rms[2:5] = 0
     B, A = outlier_weighted_svd(W, rms, 3)
-    more, least = excess(W.float(), rms if loud else 1 + rms, B @ A, 3)
+    more, least = excess(W.double(), rms if loud else 1 + rms, B @ A, 3)
     assert abs(more) < 1e-5 * least
     with pytest.raises(ValueError, match="rank=9.* 1 to 8"):
         outlier_weighted_svd(W, rms, 9)
@@ -332,14 +332,14 @@ def dense_gain(x, power, k):
 
 @every_init
 @pytest.mark.parametrize("rank", [1, 3, 6])
-@pytest.mark.parametrize("Layer", [Conv1D, nn.Linear])
-def test_layer_is_the_base_plus_s_times_BA_less_its_start_times_G(Layer, rank, init):
+@pytest.mark.parametrize("Layer, width", [(Conv1D, 6), (nn.Linear, 8)])
+def test_layer_is_the_base_plus_s_times_BA_less_its_start_times_G(Layer, width, rank, init):
     base = Layer(8, 6)
-    x = inputs(width=8 if Layer is nn.Linear else 6)
-    W = base(torch.eye(x.shape[1])).sub(base.bias).T.detach()
+    x = inputs(width=width)
+    W = (base(torch.eye(width)) - base.bias).T.detach()
     layer = one_layer(base, x, init=init, allocate=lambda *_: [rank])
     rms = moments(x).diagonal().sqrt()
-    G = dense_gain(x, 1 / 3, min(2 * rank, x.shape[1]))
+    G = dense_gain(x, 1 / 3, min(2 * rank, width))
     A, B = layer.lora_A, layer.lora_B
     A0, B0 = layer.start_A, layer.start_B
     if init == "svd":  # both factors start at the best fit
@@ -394,10 +394,11 @@ def test_a_sample_does_not_depend_on_its_batch(net, x):
     close(net(torch.cat([x[:1], 1e6 * x]))[:1], net(x[:1]))
 
 
-def test_every_unit_of_rank_can_train(net, x):
+@every_init
+def test_every_unit_of_rank_can_train(net, x, init):
     """lora_B from the first step and lora_A after it, in a zero-initialised layer, too."""
     net.shared.weight.data.zero_()
-    adapt(net, x)
+    adapt(net, x, init=init)
     for wanted, dim in (("lora_B", 0), ("lora_A", 1)):
         net.zero_grad()
         net(x).square().mean().backward()
@@ -471,8 +472,6 @@ def test_no_calibration_is_warned_of(net):
 
 def test_report_is_a_table_of_what_was_done(net, x):
     report = adapt(net, x, rank=4, also_train="head")
-    for row in report.rows:
-        assert row.rank == len(net.get_submodule(row.name).lora_A)
     spent = size(net) - 33
     budget = 4 * (34 + 48 + 34 + 20)
     assert 0.9 * budget < spent <= budget
@@ -514,12 +513,13 @@ def test_what_reads_a_weight_and_calls_no_layer_finds_the_adapted_one():
     """nn.TransformerEncoderLayer in eval mode; what its attention reads is reported as frozen."""
     model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0)
     x = randn(9, 5, 8)
-    report = adapt(model, x)
+    report = adapt(model.eval(), x)
+    assert not model.linear1.training
     assert ": self_attn.in_proj_weight, self_attn.out_proj.weight\n" in str(report)
     nn.init.normal_(model.linear1.lora_B)
     slow = model(x)
     with torch.no_grad():
-        close(model.eval()(x), slow)
+        close(model(x), slow)
 
 
 def test_an_interrupted_calibration_leaves_modes_hooks_and_random_state(x):
@@ -639,7 +639,6 @@ def test_also_train_is_saved_reloaded_and_taken_back(net, x):
     assert torch.equal(base[2].weight, head)
     remove_aira(model)
     assert fingerprint(model) == before
-    assert not torch.equal(model[2].weight, kept["2.weight"])
 
 
 def test_merge_rounds_once_and_refuses_a_diverged_run(net, x):
@@ -659,7 +658,7 @@ def test_merge_rounds_once_and_refuses_a_diverged_run(net, x):
 BROKEN = {  # a tensor of the file, and what becomes of its shape; None: it is missing
     "'up' lora_B": ("up.lora_B", None),
     "'up.lora_B' (24,": ("up.lora_A", None),
-    "'up' fit": ("up.lora_A", (2, 10)),
+    "'up' fit": ("up.lora_B", (1, 3)),
     "'up' not": ("up.directions", (4, 9)),
     "'head.bias' (7,)": ("head.bias", (7,)),
     "'side.bias' (7,)": ("side.bias", (7,)),
@@ -686,13 +685,10 @@ def test_without_adapters_there_is_nothing_to_do(net, use):
     refuses(net, "adapters apply_aira", lambda: use(net))
 
 
-CONFUSED = [{"targets": "shared"}, {"targets": "up", "also_train": "head"}]
-
-
-@pytest.mark.parametrize("options", CONFUSED)
-def test_export_refuses_what_peft_would_confuse(net, x, options, tmp_path):
+@pytest.mark.parametrize("targets, also_train", [("shared", ()), ("up", "head")])
+def test_export_refuses_what_peft_would_confuse(net, x, targets, also_train, tmp_path):
     """It knows modules by the ends of their names, and would adapt a shared one in one place."""
     net.overhead = nn.Identity()
-    adapt(net, x, **options)
+    adapt(net, x, targets=targets, also_train=also_train)
     refuses(net, "PEFT merge_aira", lambda: save_peft(net, tmp_path))
     assert not list(tmp_path.iterdir())

@@ -20,7 +20,7 @@ from torch import nn
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from aira import (
+from aira import (  # noqa: E402
     SCALE,
     AiraLinear,
     aira_state_dict,
@@ -366,7 +366,7 @@ def test_an_interrupted_trainer_ends_as_an_uninterrupted_one(given, monkeypatch,
     torch.manual_seed(seed)
     play("get_last_checkpoint", **given)
     ended, whole = torch.load("run/adapter.pt"), torch.load("whole/adapter.pt")
-    same(ended, whole)
+    close(ended, whole)
     assert any(tensor.any() for key, tensor in whole.items() if "lora_B" in key)
 
 
@@ -437,10 +437,10 @@ def test_half_precision_and_autocast_follow_float32(dtype, cast, init):
     """G x is a small difference of large numbers, and a step of Adam is small: both need digits."""
     half, batch, what = build(LLAMA)
     full = copy.deepcopy(half.to(dtype)).float()  # the same numbers
-    autocast = torch.autocast("cpu", cast, enabled=cast is not None)
-    half.forward = autocast(half.forward)
+    autocast = functools.partial(torch.autocast, "cpu", cast, enabled=cast is not None)
+    half.forward = autocast()(half.forward)
     ranks, losses = [], []
-    for model, context in ((half, autocast), (full, warnings.catch_warnings())):
+    for model, context in ((half, autocast()), (full, warnings.catch_warnings())):
         before = answer(model, batch)
         with context:
             rows = apply_aira(model, lambda m=model: m(**batch), **what, rank=3, init=init).rows
@@ -455,7 +455,7 @@ def test_half_precision_and_autocast_follow_float32(dtype, cast, init):
 
     adapters = [m for m in half.modules() if isinstance(m, AiraLinear)]
     exact = [exact_weight(m) for m in adapters]
-    with autocast:
+    with autocast():
         merge_aira(half)
     for m, weight in zip(adapters, exact, strict=True):
         merged, rounding = m.base.weight, (weight.to(dtype) - weight).abs().max()
@@ -471,7 +471,7 @@ def test_a_default_dtype_of_half_changes_nothing_that_is_trained():
         rows = apply_aira(model, lambda: model(**batch), **what).rows
     finally:
         torch.set_default_dtype(torch.float32)
-    assert rows == apply_aira(build("Denoiser")[0], lambda: None, **what).rows or len(rows) == 6
+    assert len(rows) == 6
     assert {tensor.dtype for tensor in aira_state_dict(model).values()} == {torch.float32}
     losses = tune(model, batch)
     assert losses[-1] < losses[0]
