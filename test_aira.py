@@ -658,7 +658,7 @@ def test_merge_rounds_once_and_refuses_a_diverged_run(net, x):
 BROKEN = {  # a tensor of the file, and what becomes of its shape; None: it is missing
     "'up' lora_B": ("up.lora_B", None),
     "'up.lora_B' (24,": ("up.lora_A", None),
-    "'up' fit": ("up.lora_B", (1, 3)),
+    "'up' fit": ("up.lora_B", (1, 4)),
     "'up' not": ("up.directions", (4, 9)),
     "'head.bias' (7,)": ("head.bias", (7,)),
     "'side.bias' (7,)": ("side.bias", (7,)),
