@@ -705,11 +705,17 @@ def load_aira(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def check_export(model, adapters, modules_to_save):
-    """PEFT takes modules_to_save for ends of names, and adapts a shared module in one place."""
+    """PEFT takes modules_to_save for ends of names, trains copies of them, which unties weights,
+    and adapts a shared module in one place only."""
+    kept = set()
+    for name in modules_to_save:
+        kept.update(model.get_submodule(name).parameters(recurse=False))
     for name, module in model.named_modules(remove_duplicate=False):
-        alike = name.endswith(tuple(modules_to_save)) and name not in modules_to_save
+        other = name not in modules_to_save
+        alike = other and name.endswith(tuple(modules_to_save))
+        tied = other and not kept.isdisjoint(module.parameters(recurse=False))
         shared = isinstance(module, AiraLinear) and name not in adapters
-        if alike or shared:
+        if alike or tied or shared:
             raise ValueError(f"PEFT would confuse {name!r}: use merge_aira and save the model")
 
 

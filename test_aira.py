@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn, randn, tensor
 from torch.optim import SGD, Adam, AdamW
 
+import train_toy
 from aira import (
     DAMPING,
     SAMPLE,
@@ -692,3 +693,41 @@ def test_export_refuses_what_peft_would_confuse(net, x, targets, also_train, tmp
     adapt(net, x, targets=targets, also_train=also_train)
     refuses(net, "PEFT merge_aira", lambda: save_peft(net, tmp_path))
     assert not list(tmp_path.iterdir())
+
+
+# ---- train_toy.py ------------------------------------------------------------------------------
+
+
+def test_toy_steps_to_a_loss_are_linear_between_tests():
+    run = train_toy.Run([3.0, 2.0, 1.0], np.zeros(1), 0, 0.0, 0.0)
+    assert train_toy.steps_to(1.5, run, steps=30) == 25
+    assert train_toy.steps_to(0.5, run, steps=30) == np.inf
+
+
+def test_toy_repeating_the_windows_of_a_file_makes_no_smaller_error():
+    values = np.array([1.0, 2, 4, 9])
+    alone = train_toy.clustered_error(values, np.arange(4))
+    assert alone == pytest.approx(values.std() / 2)
+    assert train_toy.clustered_error(values.repeat(3), np.arange(4).repeat(3)) == alone
+
+
+def test_toy_search_goes_on_until_the_best_rate_lies_inside(monkeypatch):
+    def run(job):  # the best rate is .256; above .6 it diverges
+        loss = np.nan if job.rate > 0.6 else abs(np.log2(job.rate / 0.256))
+        return train_toy.Run([loss], np.array([loss]), 0, 0.0, 0.0)
+
+    monkeypatch.setattr(train_toy, "run", run)
+    losses = train_toy.search(train_toy.Job("gpt", "smoke", None, "AIRA", 0, 0.016))
+    assert min(losses, key=losses.get) == 0.256
+    assert max(losses) == 0.512
+
+
+def test_toy_search_lets_no_diverged_rate_win(monkeypatch):
+    def run(job):
+        loss = np.nan if job.rate > 0.01 else 1 / job.rate
+        return train_toy.Run([loss], np.array([loss]), 0, 0.0, 0.0)
+
+    monkeypatch.setattr(train_toy, "run", run)
+    losses = train_toy.search(train_toy.Job("gpt", "smoke", None, "AIRA", 0, 0.008))
+    assert min(losses, key=losses.get) == 0.008
+    assert losses[0.016] == np.inf
