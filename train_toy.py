@@ -516,7 +516,7 @@ def speed(runs, others, steps):
 def table(results, jobs, steps):
     """A row for each method."""
     print(f"{'to LoRA`s final loss':>80}".replace("`", "'"))
-    print("method                 scale    rate  trained   test loss         steps    time")
+    print("method                 scale    rate  trained   test loss        steps   time")
     for name, runs in results.items():
         method = METHODS[name]
         scale = method.settings[jobs[name].setting].get("scale", "")
@@ -524,7 +524,7 @@ def table(results, jobs, steps):
         to, share = speed(runs, results[method.goal], method.steps * steps)
         print(
             f"{name:22} {scale:5} {jobs[name].rate:7.3g} {runs[0].trained:8,}  "
-            f"{np.mean(final):.4f} +-{error(final):.4f} {to:>10} {share:>7}"
+            f"{np.mean(final):.4f} +-{error(final):.4f} {to:>9} {share:>6}"
         )
 
 
