@@ -114,14 +114,15 @@ class Listener:
         self.count = 0  # of all tokens
         self.last_call = 0.0  # when the layer last ran
         self.tokens = weight.new_empty(0, weight.shape[1])
-        self.keys = torch.empty(0, device=weight.device)
+        self.keys = np.empty(0)
+        self.random = np.random.default_rng(0)  # neither the caller's seed nor its device count
 
     def __call__(self, layer, args, kwargs, output):
         x = (*args, *kwargs.values())[0].detach()  # passed by position or by name
         x = x.reshape(-1, x.shape[-1])
         tokens = torch.cat([self.tokens, x])
-        keys = torch.cat([self.keys, torch.rand(len(x), device=x.device)])
-        largest = keys.topk(min(SAMPLE, len(keys))).indices
+        keys = np.append(self.keys, self.random.random(len(x)))
+        largest = keys.argsort()[-SAMPLE:]
         self.tokens, self.keys = tokens[largest], keys[largest]
         self.count += len(x)
         self.last_call = time.perf_counter()
@@ -177,7 +178,7 @@ def lowrank_svd(matrix, rank):
         torch.manual_seed(0)
         with torch.autocast(matrix.device.type, enabled=False):
             U, sigma, V = torch.svd_lowrank(matrix, columns, niter=5)
-    return U[:, :rank], sigma[:rank], V[:, :rank].T
+    return U[:, :rank], sigma[:rank], V[:, :rank].T.contiguous()
 
 
 def outlier_weighted_svd(weight: Tensor, channel_rms: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -558,7 +559,7 @@ def apply_aira(
     init: str = "svd_A",
     importance: Callable = outlier_mass,
     allocate: Callable = greedy_ranks,
-    amplify: float = 1 / 3,
+    amplify: float = 1 / 2,
 ) -> Report:
     """Put adapters into the model, in place, freeze all else, and return a report that prints.
 
