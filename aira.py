@@ -51,7 +51,7 @@ import math
 import re
 import time
 import warnings
-from collections import Counter, namedtuple
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -64,28 +64,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Names = str | Iterable[str]
-
-SAMPLE = 1024  # tokens kept of each layer: with 4,096, or with all, the losses were the same
-DIRECTIONS = 2  # G knows 2 r directions: more did not help, and the file is twice LoRA's already
-DAMPING = 0.1  # a tenth of C's average eigenvalue, which is 1; it bounds G by 0.1^-p
-SCALE = 0.5  # s; A0 = V_r^T / s, for a step of Adam, of fixed size, turns long rows less
-FLOOR = 1e-4  # of the mean loudness: a channel that never fired must not be divided by zero
-COINS = 2**18  # bounds the memory of knapsack_ranks: so many bytes for each unit of rank
-
-
-def upcast(tensor):
-    """Half types as float32: they have too few digits for what follows, and no SVD."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def is_conv1d(module):
-    """Hugging Face's Conv1D, in GPT-2: a linear layer that stores its weight as (in, out)."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
-def weight_of(layer):
-    """The weight as (out, in)."""
-    return layer.weight.detach().T if is_conv1d(layer) else layer.weight.detach()
 
 
 # ---- 1. Listening ------------------------------------------------------------------------------
@@ -103,6 +81,8 @@ def weight_of(layer):
 #
 # Official: lora.py listens to one batch, and only to the first token's outputs.
 
+SAMPLE = 1024  # tokens kept of each layer: with 4,096, or with all, the losses were the same
+
 
 class Listener:
     """A forward hook that keeps a uniform sample of the tokens that enter a layer.
@@ -115,7 +95,7 @@ class Listener:
         self.last_call = 0.0  # when the layer last ran
         self.tokens = weight.new_empty(0, weight.shape[1])
         self.keys = np.empty(0)
-        self.random = np.random.default_rng(0)  # neither the caller's seed nor its device count
+        self.random = np.random.default_rng(0)  # whatever the caller's seed or device
 
     def __call__(self, layer, args, kwargs, output):
         x = (*args, *kwargs.values())[0].detach()  # passed by position or by name
@@ -136,18 +116,22 @@ class Listener:
         self.X, self.rms = scale_tokens(self.tokens)
 
 
+def upcast(tensor):
+    """Half types as float32: they have too few digits for what follows, and no SVD."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def scale_tokens(tokens):
     """tokens (n, in) -> X, the same at RMS 1 without the silent ones; rms (in,).
 
     If nothing was heard, X is empty and all channels count as equally loud, rms = 1.
     """
-    tokens = upcast(tokens)
-    loudness = tokens.square().mean(dim=1).sqrt()
-    audible = loudness != 0
-    if not audible.any():
-        return tokens[:0], tokens.new_ones(tokens.shape[1])
-    X = tokens[audible] / loudness[audible, None]
-    typical = loudness[audible].log().mean().exp()
+    tokens = upcast(tokens[tokens.any(dim=1)])
+    if len(tokens) == 0:
+        return tokens, tokens.new_ones(tokens.shape[1])
+    loudness = tokens.square().mean(dim=1, keepdim=True).sqrt()
+    X = tokens / loudness
+    typical = loudness.log().mean().exp()
     return X, X.square().mean(dim=0).sqrt() * typical
 
 
@@ -166,6 +150,8 @@ def scale_tokens(tokens):
 #
 # Official: AwLinear (lora_lib.py) decomposes W without weights, and slices V where it means V^T.
 
+FLOOR = 1e-4  # of the mean loudness: a channel that never fired must not be divided by zero
+
 
 def lowrank_svd(matrix, rank):
     """matrix (m, n) -> U (m, rank), sigma (rank,), V^T (rank, n) of its largest singular values.
@@ -176,8 +162,7 @@ def lowrank_svd(matrix, rank):
     columns = min(rank + 16, *matrix.shape)
     with torch.random.fork_rng(range(torch.cuda.device_count())):  # the caller's seed stays
         torch.manual_seed(0)
-        with torch.autocast(matrix.device.type, enabled=False):
-            U, sigma, V = torch.svd_lowrank(matrix, columns, niter=5)
+        U, sigma, V = torch.svd_lowrank(matrix, columns, niter=5)
     return U[:, :rank], sigma[:rank], V[:, :rank].T.contiguous()
 
 
@@ -185,7 +170,7 @@ def outlier_weighted_svd(weight: Tensor, channel_rms: Tensor, rank: int) -> tupl
     """The best rank-r factors of a weight, measured on inputs as loud as they are.
 
     weight (out, in), channel_rms (in,), rank from 1 to min(out, in)
-    -> B (out, rank), A (rank, in), in float32 or wider.  ValueError if the shapes do not fit.
+    -> B (out, rank), A (rank, in), in float32 or wider.  ValueError if the rank does not fit.
     """
     if not 1 <= rank <= min(weight.shape):
         raise ValueError(f"{rank=}: a weight of {tuple(weight.shape)} has 1 to {min(weight.shape)}")
@@ -212,6 +197,8 @@ def outlier_weighted_svd(weight: Tensor, channel_rms: Tensor, rank: int) -> tupl
 # Official: lora.py solves the same in real numbers (SciPy) and cuts these to whole ones, which
 # leaves 6 % of the budget.  Its theta is the size of a layer's output.
 
+COINS = 2**18  # bounds the memory of knapsack_ranks: so many bytes for each unit of rank
+
 
 def outlier_mass(weight: Tensor, channel_rms: Tensor, threshold: float = 2.0) -> float:
     """The default theta: the sum of significance over outliers, above threshold times the mean.
@@ -224,18 +211,15 @@ def outlier_mass(weight: Tensor, channel_rms: Tensor, threshold: float = 2.0) ->
     return float(significance[outliers].sum())
 
 
-def check_problem(importance, costs, budget, min_rank, max_ranks):
-    """-> theta, with none at zero; everyone's least rank; what that leaves of the budget."""
+def least_ranks(importance, costs, budget, min_rank, max_ranks):
+    """Everyone's least rank, and what that leaves of the budget."""
     if not (np.isfinite(importance).all() and min(importance) >= 0):
         raise ValueError(f"{importance=}: NaN, inf or negative; are the batches sound?")
-    if min(min_rank, *max_ranks) < 1:
-        raise ValueError(f"{min_rank=}, {max_ranks=}: below 1")
     ranks = [min(min_rank, largest) for largest in max_ranks]
-    spent = int(np.dot(costs, ranks))
-    if spent > budget:
-        raise ValueError(f"{budget=} is too small: {min_rank=} takes {spent}")
-    least = 1e-9 * max(importance) or 1.0  # layers of no importance come last, but they come
-    return [max(theta, least) for theta in importance], ranks, budget - spent
+    left = budget - int(np.dot(costs, ranks))
+    if left < 0:
+        raise ValueError(f"{budget=} is too small: {min_rank=} takes {budget - left}")
+    return ranks, left
 
 
 def greedy_ranks(
@@ -246,16 +230,20 @@ def greedy_ranks(
     importance (theta), costs (parameters of a unit of rank), max_ranks: a number for each layer;
     budget in parameters -> a rank for each layer.  Optimal where all costs are equal.
     """
-    theta, ranks, left = check_problem(importance, costs, budget, min_rank, max_ranks)
-    layers = range(len(ranks))
-    while True:
-        layers = [i for i in layers if costs[i] <= left and ranks[i] < max_ranks[i]]
-        if not layers:
-            return ranks
-        gains = [theta[i] * math.log((ranks[i] + 1) / ranks[i]) / costs[i] for i in layers]
-        best = layers[int(np.argmax(gains))]
-        ranks[best] += 1
-        left -= costs[best]
+    ranks, left = least_ranks(importance, costs, budget, min_rank, max_ranks)
+
+    def gain(layer):
+        return importance[layer] * math.log((ranks[layer] + 1) / ranks[layer]) / costs[layer]
+
+    layers = list(range(len(ranks)))
+    while layers:
+        best = max(layers, key=gain)
+        if ranks[best] < max_ranks[best] and costs[best] <= left:
+            ranks[best] += 1
+            left -= costs[best]
+        else:  # now or later, it can have no more
+            layers.remove(best)
+    return ranks
 
 
 def knapsack_ranks(
@@ -263,25 +251,25 @@ def knapsack_ranks(
 ) -> list[int]:
     """The optimum, by dynamic programming; arguments and result as of greedy_ranks.
 
-    best[b] is the most that b coins can gain with the units of rank seen so far.  A coin is the
+    best[b] is the most that b coins can gain with the units of rank offered so far.  A coin is the
     costs' greatest common divisor, which is exact; if that makes more than COINS coins, they are
     made larger and prices are rounded up.
     """
-    theta, ranks, left = check_problem(importance, costs, budget, min_rank, max_ranks)
+    ranks, left = least_ranks(importance, costs, budget, min_rank, max_ranks)
     coin = max(math.gcd(*costs), math.ceil(left / COINS))
     best = np.zeros(left // coin + 1)
-    units = []
+    offers = []
     for layer, least in enumerate(ranks):
         price = math.ceil(costs[layer] / coin)
         for rank in range(least, max_ranks[layer]):
-            bought = best[:-price] + theta[layer] * math.log((rank + 1) / rank)
-            better = bought > best[price:]  # of b + price coins, better[b]: is it worth its price?
-            best[price:] = np.maximum(best[price:], bought)
-            units.append((layer, price, better))
+            taken = np.full_like(best, -np.inf)  # what b coins gain if they buy this unit, too
+            taken[price:] = best[:-price] + importance[layer] * math.log((rank + 1) / rank)
+            offers.append((layer, price, taken >= best))
+            best = np.maximum(best, taken)
 
     coins = len(best) - 1
-    for layer, price, better in reversed(units):  # walk back: which units did the best plan buy?
-        if coins >= price and better[coins - price]:
+    for layer, price, worth in reversed(offers):  # walk back: which units did the best plan take?
+        if worth[coins]:  # a later unit gains less, so none is taken without those before it
             ranks[layer] += 1
             coins -= price
     return ranks
@@ -297,22 +285,25 @@ def knapsack_ranks(
 #
 #     y = W x + s (B A - B0 A0) G x ,    G = (C + damping I)^-p
 #
-# Where C is large, G is small.  At p = 0, G = I; at p = 1/2, but for the damping, G x is equally
-# loud in all directions (whitened); the default 1/3 goes part of the way.  (1/2 measured as good or
-# better on four models, but minds a high rate more.)
+# Where C is large, G is small.  At p = 0, G = I; at the default p = 1/2, but for the damping, G x
+# is equally loud in all directions: the input is whitened.
 #
 # G acts on a step twice.  A token with error e gives A the gradient s B^T e (G x)^T, and a change
 # dA changes W by s B dA G; so SGD moves W along s^2 B B^T e x^T G^2.  (At p = 1/2, G^2 is K-FAC's
 # factor for inputs, here kept fixed.)  Adam evens out the sizes of gradients, entry by entry: about
 # one G remains as far as G is diagonal.
 #
-# The start: B0 = 0 and A0 = V_r^T / s.  V belongs to W S, whose input is S^-1 x.  For a diagonal C,
-# p = 1/2 and no damping G x is just that; otherwise this is a heuristic that measured well.
+# The start: B0 = 0 and A0 = V_r^T / s.  V belongs to W S, whose input is S^-1 x.  For a diagonal C
+# and no damping G x is just that; otherwise this is a heuristic that measured well.
 # init="svd" takes the abstract by its word: s B0 A0 G is section 2's best approximation of W, and
 # is subtracted again, for the output must not jump.
 #
 # Official: AwLinear scales B A x by |W x|, brought to 0 .. 1 over the batch: that only turns down,
 # ties a sample to its batch and is lost on merging.  Its SVD start changes the output.
+
+DIRECTIONS = 2  # G knows 2 r directions: more did not help, and the file is twice LoRA's already
+DAMPING = 0.1  # a tenth of C's average eigenvalue, which is 1; it bounds G by 0.1^-p
+SCALE = 0.5  # s; A0 = V_r^T / s, for a step of Adam, of fixed size, turns long rows less
 
 
 def whitening(X, power, k):
@@ -336,6 +327,16 @@ def times_G(A, directions, gains):
         return g * A + (along * (gains[:-1] - g)) @ directions
 
 
+def is_conv1d(module):
+    """Hugging Face's Conv1D, in GPT-2: a linear layer that stores its weight as (in, out)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def weight_of(layer):
+    """The weight as (out, in)."""
+    return layer.weight.detach().T if is_conv1d(layer) else layer.weight.detach()
+
+
 class AiraLinear(nn.Module):
     """A frozen linear layer with its adapter: y = base(x) + s (B A - B0 A0) G x.
 
@@ -351,7 +352,6 @@ class AiraLinear(nn.Module):
     def __init__(self, base, lora_A, lora_B, directions, gains, start_A=None, start_B=None):
         super().__init__()
         self.base = base
-        self.out_features, self.in_features = weight_of(base).shape
         self.lora_A = nn.Parameter(lora_A)
         self.lora_B = nn.Parameter(lora_B)
         self.register_buffer("directions", directions)
@@ -380,10 +380,8 @@ class AiraLinear(nn.Module):
     def weight(self):
         """W + dW.  nn.TransformerEncoderLayer reads its layers' weights and does not call them."""
         B, A = self.factors()
-        with torch.autocast(A.device.type, enabled=False):
-            delta = B @ A
-        W = self.base.weight
-        return (W + (delta.T if is_conv1d(self.base) else delta)).to(W.dtype)  # rounded once
+        dW = (B @ A).T if is_conv1d(self.base) else B @ A
+        return (self.base.weight + dW).to(self.base.weight.dtype)  # rounded once
 
     @property
     def bias(self):
@@ -408,27 +406,6 @@ def start_adapter(layer, heard, rank, init, power):
 # ---- 5. apply_aira -----------------------------------------------------------------------------
 
 
-# What apply_aira did to a layer: shape (out, in), tokens heard, theta, rank, parameters trained.
-Row = namedtuple("Row", "name shape tokens importance rank parameters")
-
-
-class Report(NamedTuple):
-    """What apply_aira did to the model; prints as a table."""
-
-    rows: list[Row]
-    summary: str
-
-    def __str__(self) -> str:
-        width = max(5, *(len(row.name) for row in self.rows))
-        lines = [f"{'layer':{width}}    out x in      tokens  importance  rank  parameters"]
-        for name, (out, into), tokens, theta, rank, parameters in self.rows:
-            shape = f"{out:>6} x {into:<6}"
-            lines.append(
-                f"{name:{width}} {shape} {tokens:>7,} {theta:>11.4g} {rank:>5} {parameters:>11,}"
-            )
-        return "\n".join([*lines, self.summary])
-
-
 def select(names, patterns, option):
     """The names in which a pattern stands as a run of whole parts: "q_proj", "layers.0"."""
     chosen = set()
@@ -440,6 +417,13 @@ def select(names, patterns, option):
     return chosen
 
 
+def tensors_of(model, also_train):
+    """The keys, in the model's state_dict, of all that the modules named by also_train hold."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    chosen = select(modules, also_train, "also_train")
+    return [key for key in model.state_dict() if key.rpartition(".")[0] in chosen]
+
+
 def check_bare(model):
     """No adapters yet: neither ours, which install (section 6) notes as _aira, nor PEFT's."""
     for module in model.modules():
@@ -449,9 +433,7 @@ def check_bare(model):
 
 def check_weight(name, weight):
     """It must be one that we can decompose now, and write to when we merge."""
-    if not isinstance(weight, nn.Parameter):
-        problem = "is computed, by weight_norm or the like: remove that first"
-    elif weight.is_meta or hasattr(weight, "device_mesh"):
+    if weight.is_meta or hasattr(weight, "device_mesh"):
         problem = "is elsewhere: load the model before apply_aira, shard it after"
     elif not weight.is_floating_point():
         problem = f"is quantised, {weight.dtype}: exclude the layer"
@@ -462,30 +444,25 @@ def check_weight(name, weight):
     raise ValueError(f"the weight of {name!r} {problem}")
 
 
-def linear_layers(model, in_full):
-    """{name: module} of all that can have an adapter; in_full: the modules also_train names."""
+def find_layers(model, targets, exclude, kept):
+    """{name: linear layer} of those to adapt; kept: the tensors that also_train trains in full."""
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     linear = {}
     for name, module in model.named_modules():
         # No subclass, for it may do anything: nn.MultiheadAttention never calls its out_proj.
         plain = type(module) is nn.Linear or is_conv1d(module)
-        tied = plain and owners[id(module.weight)] > 1  # merging would change its other owner
-        if name and plain and not tied and module not in in_full:
+        # A tied weight has another owner, which merging would change.
+        if plain and owners[id(module.weight)] == 1 and f"{name}.weight" not in kept:
             linear[name] = module
-    return linear
-
-
-def find_layers(model, targets, exclude, in_full):
-    """{name: module} of those to adapt; without targets all but the output head."""
-    linear = linear_layers(model, in_full)
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    chosen = {name for name in linear if linear[name] is not head}
-    if targets is not None:
+    if targets is None:
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        chosen = {name for name in linear if linear[name] is not head}
+    else:
         chosen = select(linear, targets, "targets")
     chosen -= select(linear, exclude, "exclude")
-    if not chosen:
+    layers = {name: linear[name] for name in linear if name in chosen}
+    if not layers:
         raise ValueError(f"no linear layer is left to adapt, {exclude=}")
-    layers = {name: module for name, module in linear.items() if name in chosen}
     for name, layer in layers.items():
         check_weight(name, layer.weight)
     return layers
@@ -493,59 +470,66 @@ def find_layers(model, targets, exclude, in_full):
 
 def listen(model, layers, calibrate):
     """Run the user's batches, in eval mode and without gradients -> {name: Listener}."""
-    listeners, hooks = {}, []
+    heard, hooks = {}, []
     for name, layer in layers.items():
-        listeners[name] = Listener(weight_of(layer))
-        hooks.append(layer.register_forward_hook(listeners[name], with_kwargs=True))
+        heard[name] = Listener(weight_of(layer))
+        hooks.append(layer.register_forward_hook(heard[name], with_kwargs=True))
     modes = {module: module.training for module in model.modules()}
     try:
-        with torch.no_grad(), torch.random.fork_rng(range(torch.cuda.device_count())):
+        with torch.no_grad():
             model.eval()
-            if calibrate is None:
-                warnings.warn("no calibrate: all channels count as equally loud", stacklevel=3)
-            else:
+            if calibrate:
                 calibrate()
     finally:
         for hook in hooks:
             hook.remove()
         for module, mode in modes.items():
             module.training = mode
-    for name, listener in listeners.items():
+    for name, listener in heard.items():
         if calibrate and not listener.count:
             raise ValueError(f"calibrate never ran {name!r}: exclude it, or is it a generator?")
         listener.finish()
         if not listener.rms.isfinite().all():
             raise ValueError(f"NaN, inf or huge numbers reach {name!r}: mend weights or batches")
-    return listeners
+    return heard
 
 
 def assign_ranks(layers, heard, rank, importance, allocate):
-    """-> a Row for each layer.  The budget is what LoRA of this rank trains."""
-    weights = {name: weight_of(layer) for name, layer in layers.items()}
-    theta = [float(importance(W, heard[name].rms)) for name, W in weights.items()]
-    costs = [sum(W.shape) for W in weights.values()]
-    largest = [min(2 * rank, *W.shape) for W in weights.values()]  # lest one layer takes it all
-    ranks = allocate(theta, costs, rank * sum(costs), 1, largest)
-    rows = []
-    for (name, W), t, r in zip(weights.items(), theta, ranks, strict=True):
-        rows.append(Row(name, tuple(W.shape), heard[name].count, t, r, r * sum(W.shape)))
-    return rows
+    """-> theta, ranks: a number for each layer.  The budget is what LoRA of this rank trains."""
+    theta, costs, max_ranks = [], [], []
+    for name, layer in layers.items():
+        weight = weight_of(layer)
+        theta.append(float(importance(weight, heard[name].rms)))
+        costs.append(sum(weight.shape))
+        max_ranks.append(min(2 * rank, *weight.shape))  # lest one layer takes it all
+    return theta, allocate(theta, costs, rank * sum(costs), 1, max_ranks)
 
 
-def summary(model, rows, heard, in_full):
-    """What to know beside the table, in words."""
-    adapted = {f"{row.name}.base.weight" for row in rows}
-    frozen = [name for name, p in model.named_parameters() if p.dim() > 1 and not p.requires_grad]
-    frozen = [name for name in frozen if name not in adapted]
-    also = sum(p.numel() for module in in_full for p in module.parameters(recurse=False))
+def describe(model, adapters, heard, theta):
+    """What apply_aira did, as a table, and what else to know."""
+    width = max(len(name) for name in ["layer", *adapters])
+    lines = [f"{'layer':{width}}    out x in      tokens  importance  rank  parameters"]
+    ours = 0
+    for (name, adapter), importance in zip(adapters.items(), theta, strict=True):
+        out, into = weight_of(adapter.base).shape
+        rank = len(adapter.lora_A)
+        parameters = rank * (out + into)
+        ours += parameters
+        line = f"{name:{width}} {out:>6} x {into:<6} {heard[name].count:>7,} {importance:>11.4g}"
+        lines.append(f"{line} {rank:>5} {parameters:>11,}")
+
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    lines.append(f"trained: {ours:,} parameters in adapters, {trained - ours:,} in also_train")
+    frozen = []
+    for name, p in model.named_parameters():
+        adapted = name.removesuffix(".base.weight") in adapters
+        if p.dim() > 1 and not p.requires_grad and not adapted:
+            frozen.append(name)
+    lines.append(f"frozen, without adapter: {', '.join(frozen[:9]) or 'no matrix'}")
     last = max(heard, key=lambda name: heard[name].last_call)
-    return (
-        f"trained: {sum(row.parameters for row in rows):,} parameters in adapters, "
-        f"{also:,} in also_train\n"
-        f"frozen, without adapter: {', '.join(frozen[:9]) or 'no matrix'}\n"
-        f"ran last: {last if heard[last].count else 'nothing'} "
-        "(a new head, yet untrained, belongs in also_train)"
-    )
+    if heard[last].count:
+        lines.append(f"ran last: {last} (a new head, yet untrained, belongs in also_train)")
+    return "\n".join(lines)
 
 
 def apply_aira(
@@ -560,8 +544,8 @@ def apply_aira(
     importance: Callable = outlier_mass,
     allocate: Callable = greedy_ranks,
     amplify: float = 1 / 2,
-) -> Report:
-    """Put adapters into the model, in place, freeze all else, and return a report that prints.
+) -> str:
+    """Put adapters into the model, in place, freeze all else, and return a report to print.
 
     calibrate   function without arguments that runs the model on a few thousand typical tokens
     rank        the budget is what LoRA of this rank trains: sum_l (in + out)_l rank
@@ -579,20 +563,19 @@ def apply_aira(
     check_bare(model)
     if init not in ("svd_A", "svd"):
         raise ValueError(f"{init=}: there are 'svd_A' and 'svd'")
-    if not callable(calibrate) and calibrate is not None:
+    if calibrate is None:
+        warnings.warn("no calibrate: all channels count as equally loud", stacklevel=2)
+    elif not callable(calibrate):
         raise TypeError(f"calibrate is a {type(calibrate).__name__}: give a function, lambda: ...")
-    modules = dict(model.named_modules(remove_duplicate=False))
-    in_full = {modules[name] for name in select(modules, also_train, "also_train")}
-    layers = find_layers(model, targets, exclude, in_full)
-
+    kept = tensors_of(model, also_train)
+    layers = find_layers(model, targets, exclude, kept)
     heard = listen(model, layers, calibrate)
-    rows = assign_ranks(layers, heard, rank, importance, allocate)
+    theta, ranks = assign_ranks(layers, heard, rank, importance, allocate)
     adapters = {}
-    for row in rows:
-        layer, listener = layers[row.name], heard[row.name]
-        adapters[row.name] = start_adapter(layer, listener, row.rank, init, amplify)
-    install(model, adapters, in_full)
-    return Report(rows, summary(model, rows, heard, in_full))
+    for (name, layer), r in zip(layers.items(), ranks, strict=True):
+        adapters[name] = start_adapter(layer, heard[name], r, init, amplify)
+    install(model, adapters, kept)
+    return describe(model, adapters, heard, theta)
 
 
 # ---- 6. Save, load, remove, merge, export ------------------------------------------------------
@@ -602,8 +585,8 @@ class Adapted(NamedTuple):
     """What remove_aira needs to give back the model that went in; hangs on it as model._aira."""
 
     adapters: dict[str, AiraLinear]
-    trainable: list[nn.Parameter]
-    also_train: dict[str, Tensor]
+    also_train: dict[str, Tensor]  # the values before training
+    flags: dict[Tensor, bool]  # requires_grad of all parameters
 
 
 def find_adapters(model):
@@ -621,30 +604,26 @@ def replace(model, new):
             parent._modules[name] = new.get(child, child)
 
 
-def install(model, adapters, in_full):
-    """Freeze the model, put the adapters in, and let the modules in_full train."""
-    names = {n for n, m in model.named_modules(remove_duplicate=False) if m in in_full}
-    before = {}
-    for key, tensor in model.state_dict().items():
-        if key.rpartition(".")[0] in names:
-            before[key] = tensor.clone()
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    model._aira = Adapted(adapters, trainable, before)
+def install(model, adapters, also_train):
+    """Freeze the model, put the adapters in, and let the tensors that also_train names learn."""
+    before = {key: model.state_dict()[key].clone() for key in also_train}
+    flags = {p: p.requires_grad for p in model.parameters()}
+    model._aira = Adapted(adapters, before, flags)
     model.requires_grad_(False)
-    for module in in_full:
-        module.requires_grad_(True)
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if name in before:
+            p.requires_grad_(True)
     replace(model, {adapter.base: adapter for adapter in adapters.values()})
 
 
 def remove_aira(model: nn.Module) -> None:
-    """Give back the model that went in; also_train's modules get their old values, too."""
+    """Give back the model that went in; what also_train names gets its old values, too."""
     model = find_adapters(model)
-    adapters, trainable, before = vars(model).pop("_aira")
+    adapters, before, flags = vars(model).pop("_aira")
     replace(model, {adapter: adapter.base for adapter in adapters.values()})
     model.load_state_dict(before, strict=False)
-    model.requires_grad_(False)
-    for p in trainable:
-        p.requires_grad_(True)
+    for p, flag in flags.items():
+        p.requires_grad_(flag)
 
 
 @torch.no_grad()
@@ -663,7 +642,7 @@ def merge_aira(model: nn.Module) -> None:
 def aira_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Copies of the adapters' tensors and of what also_train names, for torch.save."""
     model = find_adapters(model)
-    adapters, _, also_train = model._aira
+    adapters, also_train, _ = model._aira
     state = {}
     for key, tensor in model.state_dict().items():
         if key.rpartition(".")[0] in adapters or key in also_train:
@@ -680,44 +659,39 @@ def load_aira(model: nn.Module, state: dict[str, Tensor]) -> None:
     if not isinstance(state, dict):
         raise TypeError(f"load_aira takes the dict that torch.load returns, not {state!r}")
     check_bare(model)
-    modules, own = dict(model.named_modules(remove_duplicate=False)), model.state_dict()
-    parts, rest, in_full = {}, {}, set()
+    own, parts, also_train = model.state_dict(), {}, {}
     for key, tensor in state.items():
         name, _, part = key.rpartition(".")
         if f"{name}.lora_A" in state:
             parts.setdefault(name, {})[part] = tensor.clone()
         elif key in own and own[key].shape == tensor.shape:
-            rest[key] = tensor
-            in_full.add(modules[name])
+            also_train[key] = tensor
         else:
             raise ValueError(f"{key!r} {tuple(tensor.shape)} has no place in {type(model)}")
     adapters = {}
     for name, tensors in parts.items():
         try:
-            layer = modules[name]
+            layer = model.get_submodule(name)
             adapters[name] = AiraLinear(layer, **tensors).to(layer.weight.device)
             B, A = adapters[name].factors()
             if (B @ A).shape != weight_of(layer).shape:
                 raise ValueError(f"lora_B {tuple(B.shape)}, lora_A {tuple(A.shape)}")
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{name!r} does not fit this model: {error}") from error
-    install(model, adapters, in_full)
-    model.load_state_dict(rest, strict=False)
+    install(model, adapters, also_train)
+    model.load_state_dict(also_train, strict=False)
 
 
-def check_export(model, adapters, modules_to_save):
-    """PEFT takes modules_to_save for ends of names, trains copies of them, which unties weights,
-    and adapts a shared module in one place only."""
-    kept = set()
-    for name in modules_to_save:
-        kept.update(model.get_submodule(name).parameters(recurse=False))
-    for name, module in model.named_modules(remove_duplicate=False):
-        other = name not in modules_to_save
-        alike = other and name.endswith(tuple(modules_to_save))
-        tied = other and not kept.isdisjoint(module.parameters(recurse=False))
-        shared = isinstance(module, AiraLinear) and name not in adapters
-        if alike or tied or shared:
-            raise ValueError(f"PEFT would confuse {name!r}: use merge_aira and save the model")
+def check_export(model, exported, modules_to_save):
+    """PEFT takes modules_to_save for ends of names, and breaks up tensors that have two names."""
+    state = model.state_dict()
+    owners = Counter(tensor.data_ptr() for tensor in state.values())
+    confused = [key for key in exported if owners[state[key].data_ptr()] > 1]
+    for name, _ in model.named_modules():
+        if name.endswith(tuple(modules_to_save)) and name not in modules_to_save:
+            confused.append(name)
+    if confused:
+        raise ValueError(f"PEFT would confuse {confused}: use merge_aira and save the model")
 
 
 def save_peft(model: nn.Module, directory: str | Path) -> None:
@@ -726,14 +700,17 @@ def save_peft(model: nn.Module, directory: str | Path) -> None:
     ValueError, and nothing written, where PEFT would take other modules than we did.
     """
     model = find_adapters(model)
-    adapters, _, also_train = model._aira
-    tensors = {key: model.state_dict()[key] for key in also_train}
+    adapters, also_train, _ = model._aira
     modules_to_save = sorted({key.rpartition(".")[0] for key in also_train})
-    check_export(model, adapters, modules_to_save)
+    check_export(model, [*also_train, *(f"{name}.lora_A" for name in adapters)], modules_to_save)
+
+    tensors = {key: model.state_dict()[key] for key in also_train}
     ranks = {}
     for name, adapter in adapters.items():
-        tensors[f"{name}.lora_B.weight"], tensors[f"{name}.lora_A.weight"] = adapter.factors()
-        ranks[f"^{re.escape(name)}"] = len(tensors[f"{name}.lora_A.weight"])
+        B, A = adapter.factors()
+        tensors[f"{name}.lora_A.weight"] = A
+        tensors[f"{name}.lora_B.weight"] = B
+        ranks[f"^{re.escape(name)}"] = len(A)
     config = {
         "peft_type": "LORA",
         "target_modules": "|".join(re.escape(name) for name in adapters),
@@ -748,7 +725,7 @@ def save_peft(model: nn.Module, directory: str | Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
     try:
         from safetensors.torch import save_file
-
-        save_file(tensors, folder / "adapter_model.safetensors")
     except ImportError:
         torch.save(tensors, folder / "adapter_model.bin")
+    else:
+        save_file(tensors, folder / "adapter_model.safetensors")

@@ -19,6 +19,7 @@ from aira import (
     DAMPING,
     SAMPLE,
     SCALE,
+    AiraLinear,
     Listener,
     aira_state_dict,
     apply_aira,
@@ -99,6 +100,11 @@ def inputs(n=96, width=10):
 
 def adapt(model, x, rank=3, **options):
     return apply_aira(model, lambda: model(x), rank=rank, **options)
+
+
+def adapters(model):
+    """{name: adapter}"""
+    return {name: m for name, m in model.named_modules() if isinstance(m, AiraLinear)}
 
 
 def trainable(model):
@@ -306,7 +312,7 @@ def one_layer(base, x, **options):
 def gain(layer):
     """G, by what becomes of A = 1."""
     layer = copy.deepcopy(layer)
-    layer.lora_A.data = torch.eye(layer.in_features)
+    layer.lora_A.data = torch.eye(layer.lora_A.shape[1])
     return layer.factors()[1].detach()
 
 
@@ -340,7 +346,7 @@ def test_layer_is_the_base_plus_s_times_BA_less_its_start_times_G(Layer, width, 
     W = (base(torch.eye(width)) - base.bias).T.detach()
     layer = one_layer(base, x, init=init, allocate=lambda *_: [rank])
     rms = moments(x).diagonal().sqrt()
-    G = dense_gain(x, 1 / 3, min(2 * rank, width))
+    G = dense_gain(x, 1 / 2, min(2 * rank, width))
     A, B = layer.lora_A, layer.lora_B
     A0, B0 = layer.start_A, layer.start_B
     if init == "svd":  # both factors start at the best fit
@@ -476,7 +482,7 @@ def test_report_is_a_table_of_what_was_done(net, x):
     spent = size(net) - 33
     budget = 4 * (34 + 48 + 34 + 20)
     assert 0.9 * budget < spent <= budget
-    _, up, *_, shared, trained, _, last = str(report).splitlines()
+    _, up, *_, shared, trained, _, last = report.splitlines()
     assert up.split()[:5] == ["up", "24", "x", "10", "96"]
     assert "192" in shared  # it is called twice
     assert {f"{spent:,}", "33"} < set(trained.split())
@@ -488,7 +494,8 @@ def test_outliers_bring_rank_and_one_layer_cannot_take_it_all():
     model = nn.Sequential(*(nn.Linear(20, 20) for _ in range(4)))
     model[2].weight.data[3, 4] = 1000
     model.forward = lambda x: [layer(x) for layer in model]
-    ranks = [row.rank for row in adapt(model, randn(200, 20)).rows]
+    adapt(model, randn(200, 20))
+    ranks = [len(layer.lora_A) for layer in model]
     assert max(ranks) == ranks[2] == 6 > ranks[3]
 
 
@@ -506,8 +513,8 @@ def test_names_are_chosen_by_parts_and_heads_and_tied_weights_left_alone(net, x,
     model = nn.Sequential(net, *(nn.Linear(3, 3) for _ in range(3)), nn.Embedding(3, 3))
     model.get_output_embeddings = lambda: model[2]
     model[3].weight = model[4].weight
-    report = apply_aira(model, lambda: model[:4](x), **options)
-    assert [row.name.removeprefix("0.") for row in report.rows] == names
+    apply_aira(model, lambda: model[:4](x), **options)
+    assert [name.removeprefix("0.") for name in adapters(model)] == names
 
 
 def test_what_reads_a_weight_and_calls_no_layer_finds_the_adapted_one():
@@ -516,7 +523,7 @@ def test_what_reads_a_weight_and_calls_no_layer_finds_the_adapted_one():
     x = randn(9, 5, 8)
     report = adapt(model.eval(), x)
     assert not model.linear1.training
-    assert ": self_attn.in_proj_weight, self_attn.out_proj.weight\n" in str(report)
+    assert ": self_attn.in_proj_weight, self_attn.out_proj.weight\n" in report
     nn.init.normal_(model.linear1.lora_B)
     slow = model(x)
     with torch.no_grad():
@@ -529,7 +536,7 @@ def test_an_interrupted_calibration_leaves_modes_hooks_and_random_state(x):
 
     def calibrate():
         assert not any(module.training for module in model.modules())
-        assert not model(x + randn(10)).requires_grad
+        assert not model(x).requires_grad
         model.train()
         raise KeyboardInterrupt
 
@@ -573,7 +580,8 @@ def test_models_with_other_additions_are_refused(net, x):
     remove_aira(net)
     with pytest.warns(FutureWarning):
         nn.utils.weight_norm(net.up)
-    refuses(net, "'up' weight_norm remove", lambda: adapt(net, x))
+    assert "adapter: up.weight_g, up.weight_v\n" in adapt(net, x)
+    remove_aira(net)
     net.head.peft_config = {}
     refuses(net, "PEFT unload()", lambda: adapt(net, x))
 
@@ -600,7 +608,7 @@ def test_trained_in_eval_reloaded_merged_it_is_one_function_and_removed_the_base
     base = copy.deepcopy(model)
     before = fingerprint(model)
     rank = rng.randint(1, 9)
-    report = adapt(
+    adapt(
         model,
         x,
         rank,
@@ -608,7 +616,7 @@ def test_trained_in_eval_reloaded_merged_it_is_one_function_and_removed_the_base
         allocate=rng.choice([knapsack_ranks, greedy_ranks]),
         amplify=rng.random() - 0.5,
     )
-    assert size(model) <= rank * sum(sum(row.shape) for row in report.rows)
+    assert size(model) <= rank * sum(sum(a.weight.shape) for a in adapters(model).values())
     learn(model, x, 1 + 0 * model(x).detach())
     output = model(x)
     close(model.eval()(x), output)
