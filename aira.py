@@ -162,7 +162,8 @@ def lowrank_svd(matrix, rank):
     columns = min(rank + 16, *matrix.shape)
     with torch.random.fork_rng(range(torch.cuda.device_count())):  # the caller's seed stays
         torch.manual_seed(0)
-        U, sigma, V = torch.svd_lowrank(matrix, columns, niter=5)
+        with torch.autocast(matrix.device.type, enabled=False):
+            U, sigma, V = torch.svd_lowrank(matrix, columns, niter=5)
     return U[:, :rank], sigma[:rank], V[:, :rank].T.contiguous()
 
 
@@ -352,6 +353,7 @@ class AiraLinear(nn.Module):
     def __init__(self, base, lora_A, lora_B, directions, gains, start_A=None, start_B=None):
         super().__init__()
         self.base = base
+        self.out_features, self.in_features = weight_of(base).shape
         self.lora_A = nn.Parameter(lora_A)
         self.lora_B = nn.Parameter(lora_B)
         self.register_buffer("directions", directions)
@@ -380,8 +382,10 @@ class AiraLinear(nn.Module):
     def weight(self):
         """W + dW.  nn.TransformerEncoderLayer reads its layers' weights and does not call them."""
         B, A = self.factors()
-        dW = (B @ A).T if is_conv1d(self.base) else B @ A
-        return (self.base.weight + dW).to(self.base.weight.dtype)  # rounded once
+        with torch.autocast(A.device.type, enabled=False):
+            dW = B @ A
+        W = self.base.weight
+        return (W + (dW.T if is_conv1d(self.base) else dW)).to(W.dtype)  # rounded once
 
     @property
     def bias(self):
