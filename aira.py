@@ -6,16 +6,15 @@ y = W x + s B A x; A (r, in) starts at random, B (out, r) at zero, and all layer
 AIRA first runs the model on a few batches and measures its activations.  They decide
 
     the start    A starts from an SVD of W in which loud input channels weigh more;
-    the ranks    LoRA's parameter budget is shared out, more where large weights meet loud inputs;
-    the updates  the adapter reads G x in place of x, where a fixed G rescales directions.
+    the ranks    LoRA's parameter budget is shared out: more where large weights meet loud inputs;
+    the updates  the adapter reads G x in place of x, where a fixed matrix G rescales directions.
 
 Where this file departs from the abstract, because it measured better:
     activations  each token is first divided by its own loudness, so that no few loud tokens decide.
     start        B is zero: the SVD gives A's directions only.  init="svd" starts both factors.
     updates      the sign is reversed.  The abstract amplifies the updates of significant weights,
-                 those that loud inputs meet.  That was worse than doing nothing; the opposite was
-                 better.  By default G turns loud directions down and quiet ones up; a negative
-                 `amplify` follows the abstract.
+                 those that loud inputs meet; that was worse than doing nothing.  Here G turns loud
+                 directions down and quiet ones up.  A negative `amplify` follows the abstract.
 
 Use, in any training loop:
 
@@ -31,9 +30,9 @@ Use, in any training loop:
 
 Symbols, for one linear layer (a token is any vector that enters it: of text, image or table):
 
-    x (in,)                 a token
-    X (n, in)               a sample of its tokens, each divided by its own root mean square, l
-    rms (in,), S            RMS of X's channels times the layer's typical l;  S = diag(rms)
+    x (in,)                 a token; its loudness l is the root mean square of its numbers
+    X (n, in)               a sample of tokens, each divided by its own loudness
+    rms (in,), S            the loudness of each channel, over tokens;  S = diag(rms)
     C (in, in)              X^T X / n: how loud each direction of inputs is; never formed
     G (in, in)              (C + damping I)^-p, p = `amplify`; kept as a few directions, with gains
     W (out, in)             the layer's own weight, frozen
@@ -280,24 +279,22 @@ def knapsack_ranks(
 # Abstract: "Activation-informed training to amplify updates on significant weights".
 #
 # The sign is reversed here: loud directions of x are turned down, quiet ones up, and the updates
-# with them.  Turning loud ones up (a negative `amplify`) raised the loss, on images by far; README
-# has the figures.  A likely reason: the gradient of W sums (error) x^T over tokens.  A few loud
-# directions fill this sum, and an adapter of low rank can learn only few directions.
+# with them.  Turning loud ones up raised the loss, on images by far; README has the figures.  A
+# likely reason: the gradient of W sums (error) x^T over tokens; a few loud directions fill this
+# sum, and an adapter of low rank can learn only few directions.
 #
 #     y = W x + s (B A - B0 A0) G x ,    G = (C + damping I)^-p
 #
-# Where C is large, G is small.  At p = 0, G = I; at the default p = 1/2, but for the damping, G x
-# is equally loud in all directions: the input is whitened.
+# Where C is large, G is small.  At p = 0, G = I.  At the default p = 1/2, but for the damping, G x
+# is equally loud in all directions (whitened).  G, fixed, changes how W moves: with the gradient
+# at the output e, SGD changes A by s B^T e (G x)^T, and W by s B (that) G = s^2 B B^T e x^T G^2.
+# At p = 1/2, G^2 is K-FAC's factor for inputs, which K-FAC keeps up to date.  Adam divides every
+# entry by its own typical size, so under Adam about one G of the two is left.
 #
-# G acts on a step twice.  A token with error e gives A the gradient s B^T e (G x)^T, and a change
-# dA changes W by s B dA G; so SGD moves W along s^2 B B^T e x^T G^2.  (At p = 1/2, G^2 is K-FAC's
-# factor for inputs, here kept fixed.)  Adam evens out the sizes of gradients, entry by entry: about
-# one G remains as far as G is diagonal.
-#
-# The start: B0 = 0 and A0 = V_r^T / s.  V belongs to W S, whose input is S^-1 x.  For a diagonal C
-# and no damping G x is just that; otherwise this is a heuristic that measured well.
-# init="svd" takes the abstract by its word: s B0 A0 G is section 2's best approximation of W, and
-# is subtracted again, for the output must not jump.
+# The start: B0 = 0 and A0 = V_r^T / s, of W S = U diag(sigma) V^T, because W x = (W S) (S^-1 x) and
+# for a diagonal C, without damping, G x is S^-1 x: V_r^T picks what W reads most of G x.
+# With init="svd", s B0 A0 G is section 2's best approximation of W.  It is subtracted again, for
+# the output must not jump.
 #
 # Official: AwLinear scales B A x by |W x|, brought to 0 .. 1 over the batch: that only turns down,
 # ties a sample to its batch and is lost on merging.  Its SVD start changes the output.
@@ -408,6 +405,8 @@ def start_adapter(layer, heard, rank, init, power):
 
 
 # ---- 5. apply_aira -----------------------------------------------------------------------------
+# Find the layers, listen, assign ranks, start the adapters, put them in, report.  All that can be
+# refused is refused before the model is changed.
 
 
 def select(names, patterns, option):
@@ -448,25 +447,30 @@ def check_weight(name, weight):
     raise ValueError(f"the weight of {name!r} {problem}")
 
 
-def find_layers(model, targets, exclude, kept):
-    """{name: linear layer} of those to adapt; kept: the tensors that also_train trains in full."""
+def linear_layers(model, kept):
+    """{name: module} of all that can have an adapter; kept: the tensors also_train names."""
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     linear = {}
     for name, module in model.named_modules():
         # No subclass, for it may do anything: nn.MultiheadAttention never calls its out_proj.
         plain = type(module) is nn.Linear or is_conv1d(module)
-        # A tied weight has another owner, which merging would change.
-        if plain and owners[id(module.weight)] == 1 and f"{name}.weight" not in kept:
+        # A tied weight has another owner, too, which merging would change.
+        if name and plain and owners[id(module.weight)] == 1 and f"{name}.weight" not in kept:
             linear[name] = module
-    if targets is None:
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        chosen = {name for name in linear if linear[name] is not head}
-    else:
+    return linear
+
+
+def find_layers(model, targets, exclude, kept):
+    """{name: module} of those to adapt; without targets all but the output head."""
+    linear = linear_layers(model, kept)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    chosen = {name for name in linear if linear[name] is not head}
+    if targets is not None:
         chosen = select(linear, targets, "targets")
     chosen -= select(linear, exclude, "exclude")
-    layers = {name: linear[name] for name in linear if name in chosen}
-    if not layers:
+    if not chosen:
         raise ValueError(f"no linear layer is left to adapt, {exclude=}")
+    layers = {name: linear[name] for name in linear if name in chosen}
     for name, layer in layers.items():
         check_weight(name, layer.weight)
     return layers
@@ -582,7 +586,9 @@ def apply_aira(
     return describe(model, adapters, heard, theta)
 
 
-# ---- 6. Save, load, remove, merge, export ------------------------------------------------------
+# ---- 6. Remove, merge, save, load, export ------------------------------------------------------
+# The adapters hang in the model; what was there before is noted on it, as model._aira.  For every
+# other program W + s (B A - B0 A0) G is the whole effect: one matrix, or a plain LoRA.
 
 
 class Adapted(NamedTuple):
