@@ -56,18 +56,18 @@ class Preset(NamedTuple):
     pretraining: int  # steps
     rank: int
     steps: int
-    tuning_seeds: range
-    seeds: range
+    tuning: int  # seeds on which rates and scales are chosen: 101, 102, ...
+    seeds: int  # seeds whose test losses are shown: 0, 1, ...
     tests: int  # points of a curve
-    thin: int = 1  # of a method's settings, try one in so many
+    thin: int = 1  # of several scales, try one in so many
 
 
 PRESETS = {
-    "smoke": Preset(32, 1, 20, 4, 10, range(101, 102), range(2), 5, 2),
-    "default, cpu": Preset(64, 3, 3000, 8, 80, range(101, 102), range(3), 8, 2),
-    "default, cuda": Preset(128, 4, 3000, 8, 80, range(101, 102), range(3), 8, 2),
-    "full, cpu": Preset(96, 4, 10_000, 16, 100, range(101, 103), range(5), 10),
-    "full, cuda": Preset(512, 8, 20_000, 16, 100, range(101, 103), range(5), 10),
+    "smoke": Preset(32, 1, 20, 4, 10, 1, 2, 5, thin=2),
+    "default, cpu": Preset(64, 3, 3000, 8, 80, 1, 3, 8, thin=2),
+    "default, cuda": Preset(128, 4, 3000, 8, 80, 1, 3, 8, thin=2),
+    "full, cpu": Preset(96, 4, 10_000, 16, 100, 2, 5, 10),
+    "full, cuda": Preset(512, 8, 20_000, 16, 100, 2, 5, 10),
 }
 
 
@@ -224,10 +224,14 @@ def train(model, part, rate, steps, seed, test, tests=1, muon=False):
     return curve, statistics.median(seconds)
 
 
+def new_model(kind, preset):
+    torch.manual_seed(0)
+    return Transformer(kind, PRESETS[preset].width, PRESETS[preset].layers).to(DEVICE)
+
+
 def pretrain(task):
-    """Pretrain a base, unless it is in .cache already -> its path; what it knows, in words."""
+    """Pretrain a base, unless it is in .cache already -> its path and test loss."""
     kind, preset = task
-    size = PRESETS[preset]
     if kind == "gpt":
         part, _, test = texts(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     else:
@@ -236,25 +240,21 @@ def pretrain(task):
     for code in (Block, Transformer, make_optimizers, train, pretrain):
         key.update(inspect.getsource(code).encode())
     path = Path(__file__).parent / f".cache/{kind}-{preset}-{key.hexdigest()[:12]}.pt"
-    torch.manual_seed(0)
-    model = Transformer(kind, size.width, size.layers).to(DEVICE)
-    if not path.exists():
-        train(model, part, 0.003 * min(1, 96 / size.width), size.pretraining, 0, test)
+    model = new_model(kind, preset)
+    if path.exists():
+        model.load_state_dict(torch.load(path, map_location=DEVICE))
+    else:
+        rate = 0.003 * min(1, 96 / PRESETS[preset].width)
+        train(model, part, rate, PRESETS[preset].pretraining, 0, test)
         path.parent.mkdir(exist_ok=True)
         torch.save(model.state_dict(), path)
-    model.load_state_dict(torch.load(path, map_location=DEVICE))
-    if kind == "gpt":
-        return path, f"on Python {evaluate(model, test).mean():.3f} nats a byte"
-    with torch.no_grad():
-        right = (model(test[0]).argmax(1) == test[1]).float().mean()
-    return path, f"{right:.1%} of straight glyphs right"
+    return path, evaluate(model, test).mean()
 
 
 @functools.cache
 def load(kind, preset, path):
     """The base, and the three parts of the new task."""
-    torch.manual_seed(0)
-    model = Transformer(kind, *PRESETS[preset][:2]).to(DEVICE)
+    model = new_model(kind, preset)
     model.load_state_dict(torch.load(path, map_location=DEVICE))
     if kind == "gpt":
         return model, texts((Path(torch.__file__).parent / "include/c10").rglob("*.h"))
@@ -407,7 +407,7 @@ class Job(NamedTuple):
     preset: str
     base: Path
     name: str
-    setting: int
+    settings: dict
     rate: float
     seed: int = 0
     part: int = 1  # watched: 1 validation, 2 test
@@ -416,6 +416,7 @@ class Job(NamedTuple):
 class Run(NamedTuple):
     """What came of it."""
 
+    job: Job
     curve: list[float]  # mean losses
     losses: np.ndarray  # at the end, of every window or image
     trained: int  # parameters
@@ -430,28 +431,35 @@ def run(job):
     torch.manual_seed(job.seed)
     model = copy.deepcopy(base)
     start = CLOCK()
-    method.put(model, parts[0], round(method.rank * size.rank), **method.settings[job.setting])
+    method.put(model, parts[0], round(method.rank * size.rank), **job.settings)
     setup = CLOCK() - start
     if model.new_head:
         model.head.requires_grad_(True)  # by all methods
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    steps, tests = method.steps * size.steps, size.tests if job.part == 2 else 1
+    steps = method.steps * size.steps
+    tests = size.tests if job.part == 2 else 1
     watched = parts[job.part]
     curve, step = train(model, parts[0], job.rate, steps, job.seed, watched, tests, method.muon)
-    return Run([float(c.mean()) for c in curve], curve[-1], trained, setup, step)
+    return Run(job, [float(c.mean()) for c in curve], curve[-1], trained, setup, step)
 
 
 def search(job):
-    """{rate: validation loss}, with the best of them inside."""
-    seeds = PRESETS[job.preset].tuning_seeds[: 2 if METHODS[job.name].steps == 1 else 1]
-    rates, losses = [job.rate / 2, job.rate, job.rate * 2], {}
+    """Try rates until the best lies inside -> its validation loss, the job with that rate."""
+    seeds = PRESETS[job.preset].tuning if METHODS[job.name].steps == 1 else 1
+    rates = [job.rate / 2, job.rate, job.rate * 2]
+    losses = {}
     while rates:
         for rate in rates:
-            jobs = [job._replace(rate=rate, seed=seed) for seed in seeds]
-            losses[rate] = np.nan_to_num(np.mean([run(one).curve[-1] for one in jobs]), nan=np.inf)
+            jobs = [job._replace(rate=rate, seed=101 + i) for i in range(seeds)]
+            loss = np.mean([run(one).curve[-1] for one in jobs])
+            losses[rate] = np.nan_to_num(loss, nan=np.inf)
         best = min(losses, key=losses.get)
-        rates = [best / 2] * (best == min(losses)) + [best * 2] * (best == max(losses))
-    return losses
+        rates = []
+        if best == min(losses):
+            rates.append(best / 2)
+        if best == max(losses):
+            rates.append(best * 2)
+    return losses[best], job._replace(rate=best)
 
 
 def everywhere(pool, function, items):
@@ -462,6 +470,27 @@ def everywhere(pool, function, items):
         if sys.stderr.isatty():
             print(f"\r{function.__name__}: {left:.0f} s left  \r", end="", file=sys.stderr)
     return [future.result() for future in futures]
+
+
+def tune(pool, kind, preset, base, names):
+    """{name: job} with the setting and rate that are best on validation."""
+    jobs = []
+    for name in sorted(names, key=lambda name: -METHODS[name].steps):  # the longest first
+        for settings in METHODS[name].settings[:: -PRESETS[preset].thin]:
+            jobs.append(Job(kind, preset, base, name, settings, METHODS[name].rate))
+    best = dict.fromkeys(names, (math.inf, None))
+    for loss, job in everywhere(pool, search, jobs):
+        best[job.name] = min(best[job.name], (loss, job), key=lambda pair: pair[0])
+    return {name: job for name, (_, job) in best.items()}
+
+
+def test(pool, best, seeds):
+    """{name: a Run on test data for each seed}"""
+    jobs = []
+    for job in best.values():
+        jobs += [job._replace(part=2, seed=seed) for seed in range(seeds)]
+    runs = iter(everywhere(pool, run, jobs))
+    return {name: [next(runs) for _ in range(seeds)] for name in best}
 
 
 # ---- 6. Report ---------------------------------------------------------------------------------
@@ -493,7 +522,8 @@ def chart(curves, goal, steps, width=66, height=15):
     places = np.linspace(0, steps, len(curves["L"]) + 1)[1:]
     x = np.linspace(places[0], steps, width)
     lines = {letter: np.interp(x, places, curve) for letter, curve in curves.items()}
-    top, bottom = lines["L"][width // 4], min(line.min() for line in lines.values())
+    top = lines["L"][width // 4]
+    bottom = min(line.min() for line in lines.values())
     canvas = np.full((height, width), " ")
     for letter, line in [(".", np.full(width, goal)), *reversed(lines.items())]:
         rows = np.rint((top - line) / (top - bottom) * (height - 1)).astype(int)
@@ -502,42 +532,6 @@ def chart(curves, goal, steps, width=66, height=15):
     for level, row in zip(np.linspace(top, bottom, height), canvas, strict=True):
         print(f"{level:8.3f} |{''.join(row)}")
     print(f"{'step':>8} {places[0]:<8.0f}{steps:>{width - 7}}\n")
-
-
-def speed(runs, others, steps):
-    """To the others' final loss: the steps, +- over seeds, and their time's share, as text."""
-    to, share = [], []
-    for run, other in zip(runs, others, strict=True):
-        to.append(steps_to(other.curve[-1], run, steps))
-        share.append((run.setup + to[-1] * run.step) / (other.setup + steps * other.step))
-    if not np.isfinite(to).all():
-        return "never", ""
-    return f"{np.mean(to):.0f} +-{error(to):.0f}", f"{np.mean(share):.0%}"
-
-
-def table(results, jobs, steps):
-    """A row for each method."""
-    print(f"{'to LoRA`s final loss':>80}".replace("`", "'"))
-    print("method                 scale    rate  trained   test loss        steps   time")
-    for name, runs in results.items():
-        method = METHODS[name]
-        scale = method.settings[jobs[name].setting].get("scale", "")
-        final = [run.curve[-1] for run in runs]
-        to, share = speed(runs, results[method.goal], method.steps * steps)
-        print(
-            f"{name:22} {scale:5} {jobs[name].rate:7.3g} {runs[0].trained:8,}  "
-            f"{np.mean(final):.4f} +-{error(final):.4f} {to:>9} {share:>6}"
-        )
-
-
-def differences(results, groups, goal):
-    """Final losses minus those of one method, with errors over seeds and over files or images."""
-    print(f"\nfinal test loss minus that of: {goal:22}   +-seeds  +-files")
-    theirs = np.array([run.losses for run in results[goal]])
-    for name, runs in results.items():
-        less = np.array([run.losses for run in runs]) - theirs
-        seeds, files = error(less.mean(axis=1)), clustered_error(less.mean(axis=0), groups)
-        print(f"{name:44} {less.mean():+8.4f} {seeds:9.4f} {files:8.4f}")
 
 
 def plot(curves, steps, file):
@@ -553,11 +547,45 @@ def plot(curves, steps, file):
     pyplot.close()
 
 
-def report(kind, known, results, jobs, options):
+def speed(runs, others, steps):
+    """To the others' final loss: the steps, +- over seeds, and their time's share, as text."""
+    to, share = [], []
+    for run, other in zip(runs, others, strict=True):
+        to.append(steps_to(other.curve[-1], run, steps))
+        share.append((run.setup + to[-1] * run.step) / (other.setup + steps * other.step))
+    if not np.isfinite(to).all():
+        return "never", ""
+    return f"{np.mean(to):.0f} +-{error(to):.0f}", f"{np.mean(share):.0%}"
+
+
+def table(results, steps):
+    """A row for each method."""
+    print(f"{'to LoRA`s final loss':>80}".replace("`", "'"))
+    print("method                 scale    rate  trained   test loss        steps   time")
+    for name, runs in results.items():
+        job = runs[0].job
+        final = [run.curve[-1] for run in runs]
+        to, share = speed(runs, results[METHODS[name].goal], METHODS[name].steps * steps)
+        print(
+            f"{name:22} {job.settings.get('scale', ''):5} {job.rate:7.3g} {runs[0].trained:8,}  "
+            f"{np.mean(final):.4f} +-{error(final):.4f} {to:>9} {share:>6}"
+        )
+
+
+def differences(results, groups, goal):
+    """Final losses minus those of one method, with errors over seeds and over files or images."""
+    print(f"\nfinal test loss minus that of: {goal:22}   +-seeds  +-files")
+    theirs = np.array([run.losses for run in results[goal]])
+    for name, runs in results.items():
+        less = np.array([run.losses for run in runs]) - theirs
+        seeds, files = error(less.mean(axis=1)), clustered_error(less.mean(axis=0), groups)
+        print(f"{name:44} {less.mean():+8.4f} {seeds:9.4f} {files:8.4f}")
+
+
+def report(results, options):
     """All that is printed of one model."""
-    job = jobs["LoRA"]
+    job = results["LoRA"][0].job
     steps = PRESETS[job.preset].steps
-    print(f"\n{TASKS[kind]}; the base: {known}.\n")
     curves = {}
     for name, runs in results.items():
         if METHODS[name].letter:
@@ -565,45 +593,39 @@ def report(kind, known, results, jobs, options):
             print(f"{METHODS[name].letter}  {name}")
     print(".  LoRA's final test loss\n")
     chart(curves, curves["L"][-1], steps)
-    table(results, jobs, steps)
+    table(results, steps)
     if "AIRA" in results:
         to, share = speed(results["AIRA"], results["LoRA"], steps)
         when = f"after {to} of {steps} steps, in {share} of its time" if share else "at no step"
         print(f"\nAIRA reached LoRA's final loss {when}.")
     if options.full:
-        _, parts = load(kind, job.preset, job.base)
+        _, parts = load(job.kind, job.preset, job.base)
         differences(results, parts[2][2], "LoRA")
         if "LoRA, best scale" in results:
             differences(results, parts[2][2], "LoRA, best scale")
     if options.plot:
-        plot(curves, steps, f"{kind}-{options.plot}")
+        plot(curves, steps, f"{job.kind}-{options.plot}")
 
 
-def available(name):
-    """Can the method run with what is installed?"""
-    missing = ""
+def installed(name):
+    """Is there what the method needs?"""
+    needs = ""
     if METHODS[name].muon and not hasattr(torch.optim, "Muon"):
-        missing = "torch 2.9"
+        needs = "torch 2.9"
     if METHODS[name].put is peft and not importlib.util.find_spec("peft"):
-        missing = "pip install peft attrs"
-    if missing:
-        print(f"{name} is left out: it needs {missing}")
-    return not missing
+        needs = "pip install peft attrs"
+    if needs:
+        print(f"{name} is left out: it needs {needs}")
+    return not needs
 
 
-def best_jobs(pool, kind, preset, path, names):
-    """{name: job}, each method's setting and rate best on validation."""
-    jobs = []
-    for name in sorted(names, key=lambda name: -METHODS[name].steps):  # the longest first
-        method = METHODS[name]
-        settings = range(len(method.settings))[:: -PRESETS[preset].thin]
-        jobs += [Job(kind, preset, path, name, i, method.rate) for i in settings]
-    best = {}
-    for job, losses in zip(jobs, everywhere(pool, search, jobs), strict=True):
-        rate = min(losses, key=losses.get)
-        if job.name not in best or losses[rate] < best[job.name][0]:
-            best[job.name] = losses[rate], job._replace(rate=rate, part=2)
-    return {name: best[name][1] for name in names}
+def wanted(options):
+    """The methods to run: with --only, those named and what they are compared with."""
+    names = [name for name, method in METHODS.items() if options.full or method.letter]
+    if options.only:
+        goals = [METHODS[name].goal for name in options.only]
+        names = list(dict.fromkeys(["LoRA", *goals, *options.only]))
+    return [name for name in names if installed(name)]
 
 
 def main():
@@ -613,27 +635,23 @@ def main():
     parser.add_argument("--model", choices=["vit", "gpt"], help="one of the two")
     parser.add_argument("--only", nargs="+", choices=METHODS, metavar="NAME", help="with LoRA")
     parser.add_argument("--plot", metavar="FILE", help="draw the curves (needs matplotlib)")
-    options, start = parser.parse_args(), time.monotonic()
+    options = parser.parse_args()
     if options.plot and not importlib.util.find_spec("matplotlib"):
         sys.exit("--plot needs matplotlib: pip install matplotlib")
-    preset = "smoke" if options.smoke else f"{'full' if options.full else 'default'}, {DEVICE}"
+    preset = f"{'full' if options.full else 'default'}, {DEVICE}"
+    if options.smoke:
+        preset = "smoke"
     kinds = [options.model] if options.model else ["vit", "gpt"]
-    names = [name for name, method in METHODS.items() if options.full or method.letter]
-    names = [name for name in names if available(name)]
-    if options.only:
-        names = {"LoRA": 0} | {METHODS[name].goal: 0 for name in options.only}
-        names = list(names | dict.fromkeys(options.only))
+    names = wanted(options)
 
+    start = time.monotonic()
     spawn = torch.multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(None, spawn, torch.set_num_threads, (1,)) as pool:
         bases = everywhere(pool, pretrain, [(kind, preset) for kind in kinds])
-        for kind, (path, known) in zip(kinds, bases, strict=True):
-            jobs = best_jobs(pool, kind, preset, path, names)
-            seeds = PRESETS[preset].seeds
-            todo = [jobs[name]._replace(seed=seed) for name in names for seed in seeds]
-            runs = iter(everywhere(pool, run, todo))
-            results = {name: [next(runs) for _ in seeds] for name in names}
-            report(kind, known, results, jobs, options)
+        for kind, (base, loss) in zip(kinds, bases, strict=True):
+            print(f"\n{TASKS[kind]}.\nOn its old task the base has a test loss of {loss:.3f}.\n")
+            best = tune(pool, kind, preset, base, names)
+            report(test(pool, best, PRESETS[preset].seeds), options)
     print(f"\n{time.monotonic() - start:.0f} seconds in all")
 
 
