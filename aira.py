@@ -32,9 +32,10 @@ Symbols, for one linear layer (a token is any vector that enters it: of text, im
 
     x (in,)                 a token; its loudness l is the root mean square of its numbers
     X (n, in)               a sample of tokens, each divided by its own loudness
-    rms (in,), S            the loudness of each channel, over tokens;  S = diag(rms)
+    rms (in,), S            the RMS of X's channels, times the tokens' typical l;  S = diag(rms)
     C (in, in)              X^T X / n: how loud each direction of inputs is; never formed
-    G (in, in)              (C + damping I)^-p, p = `amplify`; kept as a few directions, with gains
+    G (in, in)              (C + damping I)^-p, kept as a few directions, with gains;
+                            p = `amplify`: how far quiet directions are amplified over loud ones
     W (out, in)             the layer's own weight, frozen
     A (r, in), B (out, r)   the adapter of rank r;  A0, B0: where it starts
     s                       the adapter's scale, the same for all layers
@@ -169,6 +170,8 @@ def lowrank_svd(matrix, rank):
 def outlier_weighted_svd(weight: Tensor, channel_rms: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The best rank-r factors of a weight, measured on inputs as loud as they are.
 
+    For init="svd"; the default start needs V_r^T only, and takes it from lowrank_svd.
+
     weight (out, in), channel_rms (in,), rank from 1 to min(out, in)
     -> B (out, rank), A (rank, in), in float32 or wider.  ValueError if the rank does not fit.
     """
@@ -192,12 +195,13 @@ def outlier_weighted_svd(weight: Tensor, channel_rms: Tensor, rank: int) -> tupl
 #     maximise  sum_l theta_l log r_l    subject to    sum_l cost_l r_l <= budget ,
 #                                                      min_rank <= r_l <= max_rank_l , whole numbers
 #
-# Where no bound is met, r_l is near constant * theta_l / cost_l.
+# apply_aira's bounds are 1 and twice LoRA's rank.  Where none is met, r_l is near
+# constant * theta_l / cost_l.
 #
 # Official: lora.py solves the same in real numbers (SciPy) and cuts these to whole ones, which
-# leaves 6 % of the budget.  Its theta is the size of a layer's output.
+# leaves 6 % of the budget unspent.  Its theta is the size of a layer's output.
 
-COINS = 2**18  # bounds the memory of knapsack_ranks: so many bytes for each unit of rank
+COINS = 2**18  # knapsack_ranks counts the budget in at most so many coins, to bound its memory
 
 
 def outlier_mass(weight: Tensor, channel_rms: Tensor, threshold: float = 2.0) -> float:
@@ -213,6 +217,8 @@ def outlier_mass(weight: Tensor, channel_rms: Tensor, threshold: float = 2.0) ->
 
 def least_ranks(importance, costs, budget, min_rank, max_ranks):
     """Everyone's least rank, and what that leaves of the budget."""
+    if min(min_rank, *max_ranks) < 1:
+        raise ValueError(f"ranks must be 1 or more: {min_rank=}, {max_ranks=}")
     if not (np.isfinite(importance).all() and min(importance) >= 0):
         raise ValueError(f"{importance=}: NaN, inf or negative; are the batches sound?")
     ranks = [min(min_rank, largest) for largest in max_ranks]
@@ -286,22 +292,24 @@ def knapsack_ranks(
 #     y = W x + s (B A - B0 A0) G x ,    G = (C + damping I)^-p
 #
 # Where C is large, G is small.  At p = 0, G = I.  At the default p = 1/2, but for the damping, G x
-# is equally loud in all directions (whitened).  G, fixed, changes how W moves: with the gradient
-# at the output e, SGD changes A by s B^T e (G x)^T, and W by s B (that) G = s^2 B B^T e x^T G^2.
-# At p = 1/2, G^2 is K-FAC's factor for inputs, which K-FAC keeps up to date.  Adam divides every
-# entry by its own typical size, so under Adam about one G of the two is left.
+# is equally loud in all directions that G knows (whitened).
 #
-# The start: B0 = 0 and A0 = V_r^T / s, of W S = U diag(sigma) V^T, because W x = (W S) (S^-1 x) and
-# for a diagonal C, without damping, G x is S^-1 x: V_r^T picks what W reads most of G x.
-# With init="svd", s B0 A0 G is section 2's best approximation of W.  It is subtracted again, for
-# the output must not jump.
+# What G does to a step: dA and dB move W by s (B dA + dB A) G.  With SGD, dA is s B^T (gradient of
+# W) G itself, so A moves W along B B^T (gradient of W) G^2.  (At p = 1/2, G^2 is the factor that
+# K-FAC applies to inputs; K-FAC keeps it up to date.)  Adam brings every entry of dA to about the
+# same size, whatever G made of it, so with Adam only the outer G counts.
+#
+# The start: B0 = 0 and A0 = V_r^T / s, with V from W S = U diag(sigma) V^T.  Why?  W x is
+# (W S) (S^-1 x), and for a diagonal C and no damping S^-1 x is G x, up to a factor: so V_r^T picks
+# those r directions of G x that W reads most.  init="svd" follows the abstract instead: s B0 A0 G
+# is section 2's best approximation of W.  It is subtracted again, for the output must not jump.
 #
 # Official: AwLinear scales B A x by |W x|, brought to 0 .. 1 over the batch: that only turns down,
 # ties a sample to its batch and is lost on merging.  Its SVD start changes the output.
 
-DIRECTIONS = 2  # G knows 2 r directions: more did not help, and the file is twice LoRA's already
+DIRECTIONS = 2  # G knows 2 r directions: the saved adapter is twice LoRA's; more did not help
 DAMPING = 0.1  # a tenth of C's average eigenvalue, which is 1; it bounds G by 0.1^-p
-SCALE = 0.5  # s; A0 = V_r^T / s, for a step of Adam, of fixed size, turns long rows less
+SCALE = 0.5  # s; A's rows start 1 / s long, and a step of Adam, of fixed size, turns long rows less
 
 
 def whitening(X, power, k):
@@ -318,9 +326,10 @@ def whitening(X, power, k):
 
 
 def times_G(A, directions, gains):
-    """A (r, in) -> A G (r, in), where G = g I + D^T diag(gains - g) D, g the last gain."""
+    """A (r, in) -> A G.  G = g I + D^T diag(gains - g) D, D the directions, g the last gain."""
     g = gains[-1]
-    with torch.autocast(A.device.type, enabled=False):  # what is left of loud ones needs the digits
+    # The two terms nearly cancel where inputs are loud, so half precision would not do.
+    with torch.autocast(A.device.type, enabled=False):
         along = A @ directions.T  # (r, k)
         return g * A + (along * (gains[:-1] - g)) @ directions
 
@@ -452,7 +461,7 @@ def linear_layers(model, kept):
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     linear = {}
     for name, module in model.named_modules():
-        # No subclass, for it may do anything: nn.MultiheadAttention never calls its out_proj.
+        # No subclass, for it may do anything: nn.MultiheadAttention's out_proj is never called.
         plain = type(module) is nn.Linear or is_conv1d(module)
         # A tied weight has another owner, too, which merging would change.
         if name and plain and owners[id(module.weight)] == 1 and f"{name}.weight" not in kept:
@@ -495,7 +504,7 @@ def listen(model, layers, calibrate):
             module.training = mode
     for name, listener in heard.items():
         if calibrate and not listener.count:
-            raise ValueError(f"calibrate never ran {name!r}: exclude it, or is it a generator?")
+            raise ValueError(f"{name!r} never ran: exclude it; or is calibrate a generator?")
         listener.finish()
         if not listener.rms.isfinite().all():
             raise ValueError(f"NaN, inf or huge numbers reach {name!r}: mend weights or batches")
@@ -564,9 +573,10 @@ def apply_aira(
     init        "svd_A": A0 from the weighted SVD, B0 = 0;  "svd": both factors (section 4)
     importance  function (W, rms) -> theta;  lambda W, rms: sum(W.shape) gives equal ranks
     allocate    greedy_ranks or knapsack_ranks
-    amplify     p: above 0 loud directions are turned down, below 0 up (the abstract), 0: G = I
+    amplify     p, how far quiet directions are amplified over loud ones; below 0 the reverse
 
-    Before making the optimizer, torch.compile, DDP.  Bad input: ValueError, TypeError, no change.
+    Call it before making the optimizer, torch.compile and DDP.  For bad input it raises ValueError
+    or TypeError and leaves the model as it was.
     """
     check_bare(model)
     if init not in ("svd_A", "svd"):
@@ -587,8 +597,8 @@ def apply_aira(
 
 
 # ---- 6. Remove, merge, save, load, export ------------------------------------------------------
-# The adapters hang in the model; what was there before is noted on it, as model._aira.  For every
-# other program W + s (B A - B0 A0) G is the whole effect: one matrix, or a plain LoRA.
+# The adapters hang in the model; what was there before is noted on it, as model._aira.  Other
+# programs need no code of ours: W + s (B A - B0 A0) G is one matrix, or W and a plain LoRA.
 
 
 class Adapted(NamedTuple):
@@ -678,10 +688,13 @@ def load_aira(model: nn.Module, state: dict[str, Tensor]) -> None:
             also_train[key] = tensor
         else:
             raise ValueError(f"{key!r} {tuple(tensor.shape)} has no place in {type(model)}")
+    if not parts:
+        raise ValueError("the state holds no adapters: is it of aira_state_dict?")
     adapters = {}
     for name, tensors in parts.items():
         try:
             layer = model.get_submodule(name)
+            check_weight(name, layer.weight)
             adapters[name] = AiraLinear(layer, **tensors).to(layer.weight.device)
             B, A = adapters[name].factors()
             if (B @ A).shape != weight_of(layer).shape:
@@ -693,7 +706,7 @@ def load_aira(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def check_export(model, exported, modules_to_save):
-    """PEFT takes modules_to_save for ends of names, and breaks up tensors that have two names."""
+    """PEFT takes modules_to_save for ends of names, and unties tensors that have two names."""
     state = model.state_dict()
     owners = Counter(tensor.data_ptr() for tensor in state.values())
     confused = [key for key in exported if owners[state[key].data_ptr()] > 1]
@@ -724,7 +737,7 @@ def save_peft(model: nn.Module, directory: str | Path) -> None:
     config = {
         "peft_type": "LORA",
         "target_modules": "|".join(re.escape(name) for name in adapters),
-        "rank_pattern": ranks,  # regular expressions, which "^" holds to whole names
+        "rank_pattern": ranks,  # PEFT matches them to the ends of names; "^" is the start
         "alpha_pattern": ranks,  # alpha / rank = 1, for s is in B
         "modules_to_save": modules_to_save or None,
         "fan_in_fan_out": all(is_conv1d(adapter.base) for adapter in adapters.values()),

@@ -550,8 +550,9 @@ REFUSED = {  # the words that the error must have; options, or the weight of "do
     "also_train 'haed' 'head'": {"also_train": "haed"},
     "no left exclude": {"exclude": [*BODY, "head"]},
     "'pissa' 'svd_A'": {"init": "pissa"},
+    "ranks 1 max_ranks": {"rank": 0},
     "calibrate list lambda": {"calibrate": []},
-    "calibrate never 'up' generator": {"calibrate": lambda: (yield)},
+    "'up' never calibrate generator": {"calibrate": lambda: (yield)},
     "importance nan batches": {"importance": lambda W, rms: np.nan},
     "importance -1 negative": {"importance": lambda W, rms: -1},
     "zip": {"allocate": lambda *_: [1]},
@@ -685,6 +686,7 @@ def test_a_broken_file_is_named_and_changes_nothing(net, x, words):
         del broken[key]
     refuses(base, words, lambda: load_aira(base, broken))
     refuses(base, "dict 'a.pt'", lambda: load_aira(base, "a.pt"))
+    refuses(base, "no adapters", lambda: load_aira(base, {"head.bias": state["head.bias"]}))
     load_aira(base, state)  # whereas the whole file does
     refuses(base, "adapters", lambda: load_aira(base, state))
 
@@ -706,8 +708,12 @@ def test_export_refuses_what_peft_would_confuse(net, x, targets, also_train, tmp
 # ---- train_toy.py ------------------------------------------------------------------------------
 
 
+def toy_run(*curve):
+    return train_toy.Run(None, curve, curve[-1], 0, 0.0, 0.0)
+
+
 def test_toy_steps_to_a_loss_are_linear_between_tests():
-    run = train_toy.Run([3.0, 2.0, 1.0], np.zeros(1), 0, 0.0, 0.0)
+    run = toy_run(3.0, 2.0, 1.0)
     assert train_toy.steps_to(1.5, run, steps=30) == 25
     assert train_toy.steps_to(0.5, run, steps=30) == np.inf
 
@@ -719,23 +725,17 @@ def test_toy_repeating_the_windows_of_a_file_makes_no_smaller_error():
     assert train_toy.clustered_error(values.repeat(3), np.arange(4).repeat(3)) == alone
 
 
-def test_toy_search_goes_on_until_the_best_rate_lies_inside(monkeypatch):
-    def run(job):  # the best rate is .256; above .6 it diverges
-        loss = np.nan if job.rate > 0.6 else abs(np.log2(job.rate / 0.256))
-        return train_toy.Run([loss], np.array([loss]), 0, 0.0, 0.0)
+@pytest.mark.parametrize("diverges, best", [(0.6, 0.256), (0.01, 0.008)])
+def test_toy_search_ends_with_the_best_rate_inside_and_never_with_a_diverged_one(
+    monkeypatch, diverges, best
+):
+    tried = []
+
+    def run(job):  # without the divergence .256 would be best
+        tried.append(job.rate)
+        return toy_run(np.nan if job.rate > diverges else abs(np.log2(job.rate / 0.256)))
 
     monkeypatch.setattr(train_toy, "run", run)
-    losses = train_toy.search(train_toy.Job("gpt", "smoke", None, "AIRA", 0, 0.016))
-    assert min(losses, key=losses.get) == 0.256
-    assert max(losses) == 0.512
-
-
-def test_toy_search_lets_no_diverged_rate_win(monkeypatch):
-    def run(job):
-        loss = np.nan if job.rate > 0.01 else 1 / job.rate
-        return train_toy.Run([loss], np.array([loss]), 0, 0.0, 0.0)
-
-    monkeypatch.setattr(train_toy, "run", run)
-    losses = train_toy.search(train_toy.Job("gpt", "smoke", None, "AIRA", 0, 0.008))
-    assert min(losses, key=losses.get) == 0.008
-    assert losses[0.016] == np.inf
+    _, job = train_toy.search(train_toy.Job("gpt", "smoke", None, "AIRA", {}, 0.016))
+    assert job.rate == best
+    assert {best / 2, best * 2} < set(tried)
