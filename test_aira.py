@@ -362,28 +362,24 @@ def test_layer_is_the_base_plus_s_times_BA_less_its_start_times_G(Layer, width, 
     close(layer.weight.T if Layer is Conv1D else layer.weight, W + dW)
 
 
-def test_sgd_is_amplified_by_G_squared_and_a_hook_is_a_placebo_under_adam(x):
+def test_sgd_is_amplified_by_G_squared(x):
+    """A step of A alone, and one of B alone, against the gradient of W by plain autograd."""
     target = x[:, :6]
     layer = one_layer(nn.Linear(10, 6), x)
     nn.init.normal_(layer.lora_B)
     W = layer.weight.detach().requires_grad_()
-    F.mse_loss(F.linear(x, W, layer.bias), target).backward()  # plain autograd
+    F.mse_loss(F.linear(x, W, layer.bias), target).backward()
 
-    def moved(name, optimizer, hook=torch.clone, **options):
+    def moved(name):
         one = copy.deepcopy(layer)
-        factor = getattr(one, name)
-        factor.register_hook(hook)
         F.mse_loss(one(x), target).backward()
-        optimizer([factor], 0.01, **options).step()
+        SGD([getattr(one, name)], 0.01).step()
         return one.weight - layer.weight
 
     B, A = layer.factors()
     G = gain(layer)
-    close(moved("lora_A", SGD), -0.01 * B @ B.T @ W.grad @ G @ G)  # s is in B
-    close(moved("lora_B", SGD), -0.01 * SCALE**2 * W.grad @ A.T @ A)
-    adam = moved("lora_A", Adam, eps=1e-30)
-    louder = torch.logspace(-2, 2, 10).mul
-    close(moved("lora_A", Adam, louder, eps=1e-30), adam)
+    close(moved("lora_A"), -0.01 * B @ B.T @ W.grad @ G @ G)  # s is in B
+    close(moved("lora_B"), -0.01 * SCALE**2 * W.grad @ A.T @ A)
 
 
 @every_init
@@ -393,12 +389,6 @@ def test_weight_decay_alone_leaves_the_pretrained_function(net, x, init):
     (net(x) * 0).sum().backward()
     AdamW(trainable(net), 0.1, weight_decay=5.0).step()
     assert torch.equal(net(x), before)
-
-
-def test_a_sample_does_not_depend_on_its_batch(net, x):
-    adapt(net, x)
-    learn(net, x, x[:, :3])
-    close(net(torch.cat([x[:1], 1e6 * x]))[:1], net(x[:1]))
 
 
 @every_init
@@ -467,7 +457,6 @@ def test_it_starts_as_the_base_bit_for_bit_and_trains(net, x, dtype, tokens, cha
     adapt(net, heard, init=init)
     assert bits(net(x)) == bits(before)
     assert net.up.lora_A.dtype == torch.promote_types(dtype, torch.float32)
-    assert init == "svd" or torch.linalg.svdvals(net.up.lora_A)[-1] > 0.5  # no unit is idle
     learn(net, x, 0 * before.detach())
     assert 0.01 < (net(x) - before).abs().max() < 100
 
@@ -663,6 +652,7 @@ def test_merge_rounds_once_and_refuses_a_diverged_run(net, x):
     merge_aira(net)
     assert net.mix is layer
     assert torch.equal(layer.weight, wanted)
+    refuses(net, "adapters apply_aira", lambda: merge_aira(net))
 
 
 BROKEN = {  # a tensor of the file, and what becomes of its shape; None: it is missing
@@ -689,11 +679,6 @@ def test_a_broken_file_is_named_and_changes_nothing(net, x, words):
     refuses(base, "no adapters", lambda: load_aira(base, {"head.bias": state["head.bias"]}))
     load_aira(base, state)  # whereas the whole file does
     refuses(base, "adapters", lambda: load_aira(base, state))
-
-
-@pytest.mark.parametrize("use", [merge_aira, remove_aira, aira_state_dict])
-def test_without_adapters_there_is_nothing_to_do(net, use):
-    refuses(net, "adapters apply_aira", lambda: use(net))
 
 
 @pytest.mark.parametrize("targets, also_train", [("shared", ()), ("up", "head")])

@@ -194,27 +194,6 @@ def test_model_starts_as_the_base_trains_loads_merges_and_comes_back(name, init)
     same(dict(model.state_dict()), dict(base.state_dict()))
 
 
-def test_a_part_of_clip_is_adapted_by_its_name():
-    """Few-shot CLIP often adapts one encoder, and a name of a module means all that is in it."""
-    model, batch, _ = build("CLIPModel")
-    encoder = dict(model.named_modules())["vision_model"]
-    linear = {name for name, m in encoder.named_modules() if isinstance(m, nn.Linear)}
-    apply_aira(model, lambda: model(**batch), targets="vision_model")
-    assert linear and {name.removeprefix("vision_model.") for name in ranks(model)} == linear
-    losses = tune(model, batch)
-    assert losses[-1] < losses[0]
-    assert not any(isinstance(m, AiraLinear) for m in model.text_model.modules())
-
-
-def test_a_model_without_its_weights_is_refused_unchanged():
-    """Large models are often made on "meta" first; there is nothing yet to decompose."""
-    model = Denoiser().to("meta")
-    with pytest.raises(ValueError, match="is elsewhere: load"):
-        apply_aira(model, lambda: None)
-    assert types(model) == types(Denoiser())
-    assert all(p.requires_grad for p in model.parameters())
-
-
 # ---- PEFT --------------------------------------------------------------------------------------
 
 
@@ -295,23 +274,6 @@ def test_peft_adapts_these_layers_and_none_of_like_names(names, tmp_path):
     there, expected = load_peft(base, tmp_path), model(x)
     close(there(x), expected)
     close(there.merge_and_unload()(x), expected)
-
-
-@pytest.mark.parametrize("targets", [["fc"], None])
-def test_what_peft_would_confuse_is_refused(targets, tmp_path):
-    """A wrong model without a warning would be worse than no export."""
-    model, x = alike()
-    apply_aira(model, lambda: model(x), rank=2, targets=targets, also_train="head")
-    with pytest.raises(ValueError, match="'overhead'.*merge_aira"):  # it ends in "head"
-        save_peft(model, tmp_path)
-    layer = nn.Linear(6, 6)
-    shared = nn.Sequential(layer, nn.Tanh(), layer)
-    apply_aira(shared, lambda: shared(x), rank=2)
-    with pytest.raises(
-        ValueError, match="'0.lora_A'.*merge_aira"
-    ):  # PEFT would adapt only one of them
-        save_peft(shared, tmp_path)
-    assert not list(tmp_path.iterdir())
 
 
 def test_half_of_a_tied_pair_is_not_exported(tmp_path):
@@ -397,9 +359,6 @@ def test_an_adapter_can_be_made_of_a_checkpoint(given):
     model = names["AutoModelForSequenceClassification"].from_pretrained("base", num_labels=2)
     play("load_model(", **{**names, "model": model})
     same(torch.load("adapter.pt"), torch.load("run/adapter.pt"))
-    untrained, batch, _ = build(BERT)
-    load_aira(untrained, torch.load("run/start.pt")["state"])
-    assert model.eval()(**batch).loss < untrained(**batch).loss
 
 
 # ---- Torch -------------------------------------------------------------------------------------
@@ -499,14 +458,6 @@ def test_compiled_without_graph_breaks_it_learns_the_same(init):
     twin.compile(fullgraph=True, backend="eager")
     close(tune(twin, batch), tune(model, batch))
     close(aira_state_dict(torch.compile(twin)), aira_state_dict(model), 1e-4)
-
-
-def test_merged_model_exports():
-    """Nothing of the adapters is left that torch.export could not read."""
-    model, batch = adapted(VIT, steps=4)
-    merge_aira(model)
-    exported = torch.export.export(model, (), batch).module()
-    close(answer(exported, batch), answer(model, batch))
 
 
 def work(process, folder):
