@@ -30,7 +30,7 @@ Use, in any training loop:
 
 Symbols, for one linear layer (a token is any vector that enters it: of text, image or table):
 
-    x (in,)                 a token; its loudness l is the root mean square of its numbers
+    x (in,)                 a token; its loudness is the root mean square of its numbers
     X (n, in)               a sample of tokens, each divided by its own loudness
     rms (in,), S            the RMS of X's channels, times the tokens' typical l;  S = diag(rms)
     C (in, in)              X^T X / n: how loud each direction of inputs is; never formed
@@ -70,14 +70,15 @@ Names = str | Iterable[str]
 # Abstract: existing methods "fail to account for activation information, such as outliers".
 #
 # While the user's batches run, each layer keeps a uniform sample of the tokens that enter it; all
-# that follows is computed from W and this sample.  A few tokens can be hundreds of times louder
-# than the others (a text's first token often is) and would be all that counts.  So every token is
-# divided by its own loudness, l = sqrt(mean_j x_j^2):
+# that follows is computed from W and this sample.  The outliers that matter here are channels, loud
+# in most tokens.  But a few whole tokens can be hundreds of times louder than the others (a text's
+# first token often is) and would drown all else, so each is divided by its own loudness:
 #
-#     X = the tokens / l ,    rms_j = sqrt(mean over X's rows of X_j^2) * typical l
+#     X = the tokens / their loudness ,    loudness = sqrt(mean_j x_j^2)
+#     rms_j = sqrt(mean over X's rows of X_j^2) * typical loudness
 #
-# The typical l, a geometric mean, keeps layers comparable when they compete for rank.  (Padding
-# counts as tokens, too: calibrate without it, or with little.)
+# The typical loudness, a geometric mean, keeps layers comparable when they compete for rank.
+# (Padding counts as tokens, too: calibrate without it, or with little.)
 #
 # Official: lora.py listens to one batch, and only to the first token's outputs.
 
@@ -92,7 +93,7 @@ class Listener:
 
     def __init__(self, weight):
         self.count = 0  # of all tokens
-        self.last_call = 0.0  # when the layer last ran
+        self.last_call = 0.0  # for the report: the layer that runs last may be a new head
         self.tokens = weight.new_empty(0, weight.shape[1])
         self.keys = np.empty(0)
         self.random = np.random.default_rng(0)  # whatever the caller's seed or device
@@ -140,13 +141,13 @@ def scale_tokens(tokens):
 # initialization".
 #
 # A plain SVD finds the best B A for W as if all inputs were equally loud.  Weighted by rms, an
-# error counts as it shows in the output (for channels that are uncorrelated), and an SVD still
-# gives the optimum, by Eckart and Young's theorem:
+# error counts as it shows in the output (if channels are uncorrelated), and an SVD still gives the
+# optimum, by Eckart and Young's theorem:
 #
 #     minimise ||(W - B A) S||   =>   W S = U diag(sigma) V^T,
 #                                     B = U_r diag(sigma_r)^1/2,  A = diag(sigma_r)^1/2 V_r^T S^-1
 #
-# By default the adapter uses V_r^T alone, the r input directions that W reads most (section 4).
+# By default the adapter uses V_r^T alone: the r directions of S^-1 x that W reads most (section 4).
 #
 # Official: AwLinear (lora_lib.py) decomposes W without weights, and slices V where it means V^T.
 
@@ -168,9 +169,9 @@ def lowrank_svd(matrix, rank):
 
 
 def outlier_weighted_svd(weight: Tensor, channel_rms: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best rank-r factors of a weight, measured on inputs as loud as they are.
+    """The best rank-r factors of a weight, with errors weighted by the loudness of channels.
 
-    For init="svd"; the default start needs V_r^T only, and takes it from lowrank_svd.
+    Used by init="svd"; the default start needs V_r^T only, and takes it from lowrank_svd.
 
     weight (out, in), channel_rms (in,), rank from 1 to min(out, in)
     -> B (out, rank), A (rank, in), in float32 or wider.  ValueError if the rank does not fit.
@@ -208,7 +209,7 @@ def outlier_mass(weight: Tensor, channel_rms: Tensor, threshold: float = 2.0) ->
     """The default theta: the sum of significance over outliers, above threshold times the mean.
 
     OWL takes the share of weights that are outliers, whatever their size; the sum measured better.
-    The threshold hardly matters: at 0, the sum over all weights, the ranks came out the same.
+    The sum over all weights, threshold 0, gives similar ranks.
     """
     significance = upcast(weight.detach()).abs() * upcast(channel_rms)
     outliers = significance > threshold * significance.mean()
@@ -216,7 +217,7 @@ def outlier_mass(weight: Tensor, channel_rms: Tensor, threshold: float = 2.0) ->
 
 
 def least_ranks(importance, costs, budget, min_rank, max_ranks):
-    """Everyone's least rank, and what that leaves of the budget."""
+    """Check the arguments -> everyone's least rank, and what that leaves of the budget."""
     if min(min_rank, *max_ranks) < 1:
         raise ValueError(f"ranks must be 1 or more: {min_rank=}, {max_ranks=}")
     if not (np.isfinite(importance).all() and min(importance) >= 0):
@@ -273,9 +274,11 @@ def knapsack_ranks(
             offers.append((layer, price, taken >= best))
             best = np.maximum(best, taken)
 
+    # Walk back: which units did the best plan take?  Counting them is enough, because a plan takes
+    # no unit of a layer without the earlier ones, which gain more at the same price.
     coins = len(best) - 1
-    for layer, price, worth in reversed(offers):  # walk back: which units did the best plan take?
-        if worth[coins]:  # a later unit gains less, so none is taken without those before it
+    for layer, price, worth in reversed(offers):
+        if worth[coins]:
             ranks[layer] += 1
             coins -= price
     return ranks
@@ -294,15 +297,15 @@ def knapsack_ranks(
 # Where C is large, G is small.  At p = 0, G = I.  At the default p = 1/2, but for the damping, G x
 # is equally loud in all directions that G knows (whitened).
 #
-# What G does to a step: dA and dB move W by s (B dA + dB A) G.  With SGD, dA is s B^T (gradient of
-# W) G itself, so A moves W along B B^T (gradient of W) G^2.  (At p = 1/2, G^2 is the factor that
-# K-FAC applies to inputs; K-FAC keeps it up to date.)  Adam brings every entry of dA to about the
-# same size, whatever G made of it, so with Adam only the outer G counts.
+# What G does to a step: changes dA and dB move W by s (B dA + dB A) G.  With SGD, dA follows A's
+# gradient, B^T (gradient of W) G, and so brings a second G.  (At p = 1/2, G^2 is the factor that
+# K-FAC applies to inputs; K-FAC keeps it up to date.)  Adam rescales dA entry by entry, which
+# largely undoes the second G; the first one stays.
 #
-# The start: B0 = 0 and A0 = V_r^T / s, with V from W S = U diag(sigma) V^T.  Why?  W x is
-# (W S) (S^-1 x), and for a diagonal C and no damping S^-1 x is G x, up to a factor: so V_r^T picks
-# those r directions of G x that W reads most.  init="svd" follows the abstract instead: s B0 A0 G
-# is section 2's best approximation of W.  It is subtracted again, for the output must not jump.
+# The start: B0 = 0 and A0 = V_r^T / s, with V from W S = U diag(sigma) V^T.  W x = (W S) (S^-1 x),
+# and at p = 1/2, for a diagonal C and no damping, S^-1 x is proportional to G x: so V_r^T picks the
+# directions of G x that W reads most.  init="svd" follows the abstract instead: s B0 A0 G is then
+# section 2's best approximation of W, and is subtracted again, because the output must not jump.
 #
 # Official: AwLinear scales B A x by |W x|, brought to 0 .. 1 over the batch: that only turns down,
 # ties a sample to its batch and is lost on merging.  Its SVD start changes the output.
@@ -348,7 +351,7 @@ class AiraLinear(nn.Module):
     """A frozen linear layer with its adapter: y = base(x) + s (B A - B0 A0) G x.
 
     base                 nn.Linear or Hugging Face's Conv1D, untouched
-    lora_A, lora_B       (r, in), (out, r): trained, in float32 or wider, for steps are small
+    lora_A, lora_B       (r, in), (out, r): trained, in float32 or wider, because steps are small
     directions, gains    (k, in), (k + 1,): G, fixed
     start_A, start_B     A0, B0, fixed, only for init="svd".  Then lora_A and lora_B are what is
                          added, A = A0 + lora_A, B = B0 + lora_B, so weight decay pulls to the start
@@ -371,8 +374,8 @@ class AiraLinear(nn.Module):
     def factors(self) -> tuple[Tensor, Tensor]:
         """B (out, q), A (q, in) with y = base(x) + B A x: a plain LoRA; G and s are folded in.
 
-        q is r; for init="svd" it is 2 r, for with dA = lora_A and dB = lora_B
-            (B0 + dB) (A0 + dA) - B0 A0 = (B0 + dB) dA + dB A0 = [B0 + dB, dB] [dA ; A0].
+        q is r, or 2 r with init="svd", because then, with a = lora_A and b = lora_B,
+            (B0 + b) (A0 + a) - B0 A0  =  (B0 + b) a + b A0  =  [B0 + b, b] [a ; A0].
         """
         A, B = upcast(self.lora_A), upcast(self.lora_B)
         if self.start_A is not None:
@@ -402,7 +405,7 @@ def start_adapter(layer, heard, rank, init, power):
     """The adapter of one layer, at its start; heard: its Listener."""
     W = upcast(weight_of(layer))
     if not W.any():
-        W = torch.eye(*W.shape).to(W)  # a layer that starts at zero reads nothing: take channels
+        W = torch.eye(*W.shape).to(W)  # all zero, it has no directions: take the loudest channels
     directions, gains = whitening(heard.X, power, DIRECTIONS * rank)
     if init == "svd_A":
         _, _, Vt = lowrank_svd(W * heard.rms, rank)
@@ -461,7 +464,7 @@ def linear_layers(model, kept):
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     linear = {}
     for name, module in model.named_modules():
-        # No subclass, for it may do anything: nn.MultiheadAttention's out_proj is never called.
+        # Subclasses may do anything: out_proj of nn.MultiheadAttention is one, and never called.
         plain = type(module) is nn.Linear or is_conv1d(module)
         # A tied weight has another owner, too, which merging would change.
         if name and plain and owners[id(module.weight)] == 1 and f"{name}.weight" not in kept:
@@ -476,7 +479,7 @@ def find_layers(model, targets, exclude, kept):
     chosen = {name for name in linear if linear[name] is not head}
     if targets is not None:
         chosen = select(linear, targets, "targets")
-    chosen -= select(linear, exclude, "exclude")
+    chosen -= select(dict(model.named_modules()), exclude, "exclude")
     if not chosen:
         raise ValueError(f"no linear layer is left to adapt, {exclude=}")
     layers = {name: linear[name] for name in linear if name in chosen}
@@ -737,8 +740,8 @@ def save_peft(model: nn.Module, directory: str | Path) -> None:
     config = {
         "peft_type": "LORA",
         "target_modules": "|".join(re.escape(name) for name in adapters),
-        "rank_pattern": ranks,  # PEFT matches them to the ends of names; "^" is the start
-        "alpha_pattern": ranks,  # alpha / rank = 1, for s is in B
+        "rank_pattern": ranks,  # of PEFT's "(.*\\.)?(key)$"; "^" forbids a prefix
+        "alpha_pattern": ranks,  # alpha / rank = 1, because s is in B
         "modules_to_save": modules_to_save or None,
         "fan_in_fan_out": all(is_conv1d(adapter.base) for adapter in adapters.values()),
     }
