@@ -506,9 +506,9 @@ def listen(model, layers, calibrate):
         for module, mode in modes.items():
             module.training = mode
     for name, listener in heard.items():
-        if calibrate and not listener.count:
-            raise ValueError(f"{name!r} never ran: exclude it; or is calibrate a generator?")
         listener.finish()
+        if calibrate and len(listener.tokens) == 0:
+            raise ValueError(f"{name!r} never ran: exclude it; or is calibrate a generator?")
         if not listener.rms.isfinite().all():
             raise ValueError(f"NaN, inf or huge numbers reach {name!r}: mend weights or batches")
     return heard
