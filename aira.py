@@ -435,8 +435,8 @@ def select(names, patterns, option):
 def tensors_of(model, also_train):
     """The keys, in the model's state_dict, of all that the modules named by also_train hold."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    chosen = select(modules, also_train, "also_train")
-    return [key for key in model.state_dict() if key.rpartition(".")[0] in chosen]
+    chosen = {modules[name] for name in select(modules, also_train, "also_train")}
+    return [key for key in model.state_dict() if modules.get(key.rpartition(".")[0]) in chosen]
 
 
 def check_bare(model):

@@ -494,6 +494,7 @@ CHOICES = [
     ({"targets": ["up", "0.mix", "2"]}, ["up", "mix", "2"]),
     ({"exclude": ("down", "0.head", "1")}, ["up", "mix", "shared"]),
     ({"also_train": ["0.head", "1"]}, BODY),
+    ({"also_train": ["0.head", "1", "again"]}, ["up", "mix", "down"]),  # "shared" by another name
 ]
 
 
