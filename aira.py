@@ -12,9 +12,9 @@ AIRA first runs the model on a few batches and measures its activations.  They d
 Where this file departs from the abstract, because it measured better:
     activations  each token is first divided by its own loudness, so that no few loud tokens decide.
     start        B is zero: the SVD gives A's directions only.  init="svd" starts both factors.
-    updates      the sign is reversed.  The abstract amplifies the updates of significant weights,
-                 those that loud inputs meet; that was worse than doing nothing.  Here G turns loud
-                 directions down and quiet ones up.  A negative `amplify` follows the abstract.
+    updates      the sign is reversed: G turns loud directions down and quiet ones up.  The abstract
+                 amplifies the updates of significant weights, those that loud inputs meet; that was
+                 worse than doing nothing.  A negative `amplify` follows it.
 
 Use, in any training loop:
 
@@ -32,7 +32,7 @@ Symbols, for one linear layer (a token is any vector that enters it: of text, im
 
     x (in,)                 a token; its loudness is the root mean square of its numbers
     X (n, in)               a sample of tokens, each divided by its own loudness
-    rms (in,), S            the RMS of X's channels, times the tokens' typical l;  S = diag(rms)
+    rms (in,), S            the RMS of X's channels, times the typical loudness;  S = diag(rms)
     C (in, in)              X^T X / n: how loud each direction of inputs is; never formed
     G (in, in)              (C + damping I)^-p, kept as a few directions, with gains;
                             p = `amplify`: how far quiet directions are amplified over loud ones
@@ -77,8 +77,9 @@ Names = str | Iterable[str]
 #     X = the tokens / their loudness ,    loudness = sqrt(mean_j x_j^2)
 #     rms_j = sqrt(mean over X's rows of X_j^2) * typical loudness
 #
-# The typical loudness, a geometric mean, keeps layers comparable when they compete for rank.
-# (Padding counts as tokens, too: calibrate without it, or with little.)
+# The typical loudness, a geometric mean, gives back to rms how loud the layer is as a whole, to
+# compare layers when they compete for rank.  (Padding counts as tokens, too: calibrate without it,
+# or with little.)
 #
 # Official: lora.py listens to one batch, and only to the first token's outputs.
 
@@ -93,7 +94,7 @@ class Listener:
 
     def __init__(self, weight):
         self.count = 0  # of all tokens
-        self.last_call = 0.0  # for the report: the layer that runs last may be a new head
+        self.last_call = 0.0  # a time, for the report's line on what ran last
         self.tokens = weight.new_empty(0, weight.shape[1])
         self.keys = np.empty(0)
         self.random = np.random.default_rng(0)  # whatever the caller's seed or device
@@ -147,7 +148,8 @@ def scale_tokens(tokens):
 #     minimise ||(W - B A) S||   =>   W S = U diag(sigma) V^T,
 #                                     B = U_r diag(sigma_r)^1/2,  A = diag(sigma_r)^1/2 V_r^T S^-1
 #
-# By default the adapter uses V_r^T alone: the r directions of S^-1 x that W reads most (section 4).
+# By default the adapter uses V_r^T alone.  W x is (W S) (S^-1 x), so these are the r directions of
+# S^-1 x that W reads most; in section 4, G x is what stands for S^-1 x.
 #
 # Official: AwLinear (lora_lib.py) decomposes W without weights, and slices V where it means V^T.
 
@@ -189,15 +191,15 @@ def outlier_weighted_svd(weight: Tensor, channel_rms: Tensor, rank: int) -> tupl
 # Abstract: "Outlier-driven dynamic rank assignment using offline optimization".
 #
 # An output adds up terms W_ij x_j, of typical size |W_ij| rms_j: the weight's significance, as OWL
-# defines it.  theta_l is how much significance layer l has in outliers.  A unit of rank costs
-# in + out parameters, and each further unit should bring less than the one before; like the
-# official code, we take the logarithm for that:
+# defines it.  theta_l sums it over layer l's outliers, the weights above twice its mean.  A unit of
+# rank costs in + out parameters, and each further unit should bring less than the one before; like
+# the official code, we take the logarithm to say so:
 #
 #     maximise  sum_l theta_l log r_l    subject to    sum_l cost_l r_l <= budget ,
 #                                                      min_rank <= r_l <= max_rank_l , whole numbers
 #
-# apply_aira's bounds are 1 and twice LoRA's rank.  Where none is met, r_l is near
-# constant * theta_l / cost_l.
+# apply_aira's bounds are 1 and twice LoRA's rank.  Between them, r_l is near constant * theta_l /
+# cost_l.
 #
 # Official: lora.py solves the same in real numbers (SciPy) and cuts these to whole ones, which
 # leaves 6 % of the budget unspent.  Its theta is the size of a layer's output.
@@ -297,20 +299,22 @@ def knapsack_ranks(
 # Where C is large, G is small.  At p = 0, G = I.  At the default p = 1/2, but for the damping, G x
 # is equally loud in all directions that G knows (whitened).
 #
-# What G does to a step: changes dA and dB move W by s (B dA + dB A) G.  With SGD, dA follows A's
-# gradient, B^T (gradient of W) G, and so brings a second G.  (At p = 1/2, G^2 is the factor that
-# K-FAC applies to inputs; K-FAC keeps it up to date.)  Adam rescales dA entry by entry, which
-# largely undoes the second G; the first one stays.
+# Changes dA and dB move W by s (B dA + dB A) G.  With SGD, dA follows the gradient of A, B^T
+# (gradient of W) G, and so brings a second G.  (At p = 1/2, G^2 is the factor that K-FAC applies to
+# inputs; K-FAC keeps it up to date.)  Adam rescales dA entry by entry, which undoes the second G as
+# far as G is diagonal; the first one stays.
 #
-# The start: B0 = 0 and A0 = V_r^T / s, with V from W S = U diag(sigma) V^T.  W x = (W S) (S^-1 x),
-# and at p = 1/2, for a diagonal C and no damping, S^-1 x is proportional to G x: so V_r^T picks the
-# directions of G x that W reads most.  init="svd" follows the abstract instead: s B0 A0 G is then
-# section 2's best approximation of W, and is subtracted again, because the output must not jump.
+# The start: B0 = 0 and A0 = V_r^T / s, with V from W S = U diag(sigma) V^T.  At p = 1/2, for a
+# diagonal C and no damping, G x is proportional to S^-1 x, so V_r^T picks the directions of G x
+# that W reads most; for other p it is used all the same.
+#
+# init="svd" follows the abstract: s B0 A0 G is section 2's best approximation of W, for any p.  It
+# is subtracted again, because the output must not jump.
 #
 # Official: AwLinear scales B A x by |W x|, brought to 0 .. 1 over the batch: that only turns down,
 # ties a sample to its batch and is lost on merging.  Its SVD start changes the output.
 
-DIRECTIONS = 2  # G knows 2 r directions: the saved adapter is twice LoRA's; more did not help
+DIRECTIONS = 2  # G knows 2 r directions, so the file is twice LoRA's size; more did not help
 DAMPING = 0.1  # a tenth of C's average eigenvalue, which is 1; it bounds G by 0.1^-p
 SCALE = 0.5  # s; A's rows start 1 / s long, and a step of Adam, of fixed size, turns long rows less
 
@@ -405,7 +409,7 @@ def start_adapter(layer, heard, rank, init, power):
     """The adapter of one layer, at its start; heard: its Listener."""
     W = upcast(weight_of(layer))
     if not W.any():
-        W = torch.eye(*W.shape).to(W)  # all zero, it has no directions: take the loudest channels
+        W = torch.eye(*W.shape).to(W)  # all zero: any directions will do
     directions, gains = whitening(heard.X, power, DIRECTIONS * rank)
     if init == "svd_A":
         _, _, Vt = lowrank_svd(W * heard.rms, rank)
@@ -432,7 +436,7 @@ def select(names, patterns, option):
     return chosen
 
 
-def tensors_of(model, also_train):
+def keys_in_full(model, also_train):
     """The keys, in the model's state_dict, of all that the modules named by also_train hold."""
     modules = dict(model.named_modules(remove_duplicate=False))
     chosen = {modules[name] for name in select(modules, also_train, "also_train")}
@@ -459,22 +463,22 @@ def check_weight(name, weight):
     raise ValueError(f"the weight of {name!r} {problem}")
 
 
-def linear_layers(model, kept):
-    """{name: module} of all that can have an adapter; kept: the tensors also_train names."""
+def linear_layers(model, in_full):
+    """{name: module} of all that can have an adapter; in_full: keys of what trains in full."""
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     linear = {}
     for name, module in model.named_modules():
         # Subclasses may do anything: out_proj of nn.MultiheadAttention is one, and never called.
         plain = type(module) is nn.Linear or is_conv1d(module)
         # A tied weight has another owner, too, which merging would change.
-        if name and plain and owners[id(module.weight)] == 1 and f"{name}.weight" not in kept:
+        if name and plain and owners[id(module.weight)] == 1 and f"{name}.weight" not in in_full:
             linear[name] = module
     return linear
 
 
-def find_layers(model, targets, exclude, kept):
+def find_layers(model, targets, exclude, in_full):
     """{name: module} of those to adapt; without targets all but the output head."""
-    linear = linear_layers(model, kept)
+    linear = linear_layers(model, in_full)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     chosen = {name for name in linear if linear[name] is not head}
     if targets is not None:
@@ -545,7 +549,7 @@ def describe(model, adapters, heard, theta):
         adapted = name.removesuffix(".base.weight") in adapters
         if p.dim() > 1 and not p.requires_grad and not adapted:
             frozen.append(name)
-    lines.append(f"frozen, without adapter: {', '.join(frozen[:9]) or 'no matrix'}")
+    lines.append(f"frozen, without adapter ({len(frozen)}): {', '.join(frozen[:9])}")
     last = max(heard, key=lambda name: heard[name].last_call)
     if heard[last].count:
         lines.append(f"ran last: {last} (a new head, yet untrained, belongs in also_train)")
@@ -588,14 +592,14 @@ def apply_aira(
         warnings.warn("no calibrate: all channels count as equally loud", stacklevel=2)
     elif not callable(calibrate):
         raise TypeError(f"calibrate is a {type(calibrate).__name__}: give a function, lambda: ...")
-    kept = tensors_of(model, also_train)
-    layers = find_layers(model, targets, exclude, kept)
+    in_full = keys_in_full(model, also_train)
+    layers = find_layers(model, targets, exclude, in_full)
     heard = listen(model, layers, calibrate)
     theta, ranks = assign_ranks(layers, heard, rank, importance, allocate)
     adapters = {}
     for (name, layer), r in zip(layers.items(), ranks, strict=True):
         adapters[name] = start_adapter(layer, heard[name], r, init, amplify)
-    install(model, adapters, kept)
+    install(model, adapters, in_full)
     return describe(model, adapters, heard, theta)
 
 
@@ -608,7 +612,7 @@ class Adapted(NamedTuple):
     """What remove_aira needs to give back the model that went in; hangs on it as model._aira."""
 
     adapters: dict[str, AiraLinear]
-    also_train: dict[str, Tensor]  # the values before training
+    before: dict[str, Tensor]  # the old values of what trains in full
     flags: dict[Tensor, bool]  # requires_grad of all parameters
 
 
@@ -627,9 +631,9 @@ def replace(model, new):
             parent._modules[name] = new.get(child, child)
 
 
-def install(model, adapters, also_train):
-    """Freeze the model, put the adapters in, and let the tensors that also_train names learn."""
-    before = {key: model.state_dict()[key].clone() for key in also_train}
+def install(model, adapters, in_full):
+    """Freeze the model, put the adapters in, and let the tensors with the keys in_full learn."""
+    before = {key: model.state_dict()[key].clone() for key in in_full}
     flags = {p: p.requires_grad for p in model.parameters()}
     model._aira = Adapted(adapters, before, flags)
     model.requires_grad_(False)
@@ -658,17 +662,17 @@ def merge_aira(model: nn.Module) -> None:
             raise ValueError(f"merging would write NaN or inf to {name!r}: the run has diverged")
     for adapter in model._aira.adapters.values():
         adapter.base.weight.copy_(adapter.weight)
-    model._aira.also_train.clear()  # what was trained in full stays
+    model._aira.before.clear()  # what was trained in full stays
     remove_aira(model)
 
 
 def aira_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Copies of the adapters' tensors and of what also_train names, for torch.save."""
     model = find_adapters(model)
-    adapters, also_train, _ = model._aira
+    adapters, before, _ = model._aira
     state = {}
     for key, tensor in model.state_dict().items():
-        if key.rpartition(".")[0] in adapters or key in also_train:
+        if key.rpartition(".")[0] in adapters or key in before:
             state[key] = tensor.clone()
     return state
 
@@ -682,13 +686,13 @@ def load_aira(model: nn.Module, state: dict[str, Tensor]) -> None:
     if not isinstance(state, dict):
         raise TypeError(f"load_aira takes the dict that torch.load returns, not {state!r}")
     check_bare(model)
-    own, parts, also_train = model.state_dict(), {}, {}
+    own, parts, in_full = model.state_dict(), {}, {}
     for key, tensor in state.items():
         name, _, part = key.rpartition(".")
         if f"{name}.lora_A" in state:
             parts.setdefault(name, {})[part] = tensor.clone()
         elif key in own and own[key].shape == tensor.shape:
-            also_train[key] = tensor
+            in_full[key] = tensor
         else:
             raise ValueError(f"{key!r} {tuple(tensor.shape)} has no place in {type(model)}")
     if not parts:
@@ -704,12 +708,12 @@ def load_aira(model: nn.Module, state: dict[str, Tensor]) -> None:
                 raise ValueError(f"lora_B {tuple(B.shape)}, lora_A {tuple(A.shape)}")
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{name!r} does not fit this model: {error}") from error
-    install(model, adapters, also_train)
-    model.load_state_dict(also_train, strict=False)
+    install(model, adapters, in_full)
+    model.load_state_dict(in_full, strict=False)
 
 
 def check_export(model, exported, modules_to_save):
-    """PEFT takes modules_to_save for ends of names, and unties tensors that have two names."""
+    """PEFT would take "overhead" for "head", by its end, and untie tensors that have two names."""
     state = model.state_dict()
     owners = Counter(tensor.data_ptr() for tensor in state.values())
     confused = [key for key in exported if owners[state[key].data_ptr()] > 1]
@@ -726,11 +730,11 @@ def save_peft(model: nn.Module, directory: str | Path) -> None:
     ValueError, and nothing written, where PEFT would take other modules than we did.
     """
     model = find_adapters(model)
-    adapters, also_train, _ = model._aira
-    modules_to_save = sorted({key.rpartition(".")[0] for key in also_train})
-    check_export(model, [*also_train, *(f"{name}.lora_A" for name in adapters)], modules_to_save)
+    adapters, before, _ = model._aira
+    modules_to_save = sorted({key.rpartition(".")[0] for key in before})
+    check_export(model, [*before, *(f"{name}.lora_A" for name in adapters)], modules_to_save)
 
-    tensors = {key: model.state_dict()[key] for key in also_train}
+    tensors = {key: model.state_dict()[key] for key in before}
     ranks = {}
     for name, adapter in adapters.items():
         B, A = adapter.factors()
@@ -740,7 +744,7 @@ def save_peft(model: nn.Module, directory: str | Path) -> None:
     config = {
         "peft_type": "LORA",
         "target_modules": "|".join(re.escape(name) for name in adapters),
-        "rank_pattern": ranks,  # of PEFT's "(.*\\.)?(key)$"; "^" forbids a prefix
+        "rank_pattern": ranks,  # PEFT matches "(.*\\.)?(key)$", and "^" excludes longer names
         "alpha_pattern": ranks,  # alpha / rank = 1, because s is in B
         "modules_to_save": modules_to_save or None,
         "fan_in_fan_out": all(is_conv1d(adapter.base) for adapter in adapters.values()),

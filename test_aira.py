@@ -513,7 +513,7 @@ def test_what_reads_a_weight_and_calls_no_layer_finds_the_adapted_one():
     x = randn(9, 5, 8)
     report = adapt(model.eval(), x)
     assert not model.linear1.training
-    assert ": self_attn.in_proj_weight, self_attn.out_proj.weight\n" in report
+    assert "(2): self_attn.in_proj_weight, self_attn.out_proj.weight\n" in report
     nn.init.normal_(model.linear1.lora_B)
     slow = model(x)
     with torch.no_grad():
@@ -571,7 +571,7 @@ def test_models_with_other_additions_are_refused(net, x):
     remove_aira(net)
     with pytest.warns(FutureWarning):
         nn.utils.weight_norm(net.up)
-    assert "adapter: up.weight_g, up.weight_v\n" in adapt(net, x)
+    assert "adapter (2): up.weight_g, up.weight_v\n" in adapt(net, x)
     remove_aira(net)
     net.head.peft_config = {}
     refuses(net, "PEFT unload()", lambda: adapt(net, x))
