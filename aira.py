@@ -549,7 +549,7 @@ def describe(model, adapters, heard, theta):
         adapted = name.removesuffix(".base.weight") in adapters
         if p.dim() > 1 and not p.requires_grad and not adapted:
             frozen.append(name)
-    lines.append(f"frozen, without adapter ({len(frozen)}): {', '.join(frozen[:9])}")
+    lines.append(f"frozen, without adapter ({len(frozen)}): {', '.join(frozen[:9]) or 'none'}")
     last = max(heard, key=lambda name: heard[name].last_call)
     if heard[last].count:
         lines.append(f"ran last: {last} (a new head, yet untrained, belongs in also_train)")
