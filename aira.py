@@ -32,10 +32,11 @@ Symbols, for one linear layer (a token is any vector that enters it: of text, im
 
     x (in,)                 a token; its loudness is the root mean square of its numbers
     X (n, in)               a sample of tokens, each divided by its own loudness
-    rms (in,), S            the RMS of X's channels, times the typical loudness;  S = diag(rms)
+    rms (in,), S            the RMS of X's channels, times the tokens' loudness, a geometric mean;
+                            S = diag(rms)
     C (in, in)              X^T X / n: how loud each direction of inputs is; never formed
-    G (in, in)              (C + damping I)^-p, kept as a few directions, with gains;
-                            p = `amplify`: how far quiet directions are amplified over loud ones
+    G (in, in)              (C + damping I)^-p, kept as a gain for each of the loudest 2 r
+                            directions and one for all others;  p = `amplify`
     W (out, in)             the layer's own weight, frozen
     A (r, in), B (out, r)   the adapter of rank r;  A0, B0: where it starts
     s                       the adapter's scale, the same for all layers
@@ -75,11 +76,10 @@ Names = str | Iterable[str]
 # first token often is) and would drown all else, so each is divided by its own loudness:
 #
 #     X = the tokens / their loudness ,    loudness = sqrt(mean_j x_j^2)
-#     rms_j = sqrt(mean over X's rows of X_j^2) * typical loudness
+#     rms_j = sqrt(mean over X's rows of X_j^2) * geometric mean of the loudness
 #
-# The typical loudness, a geometric mean, gives back to rms how loud the layer is as a whole, to
-# compare layers when they compete for rank.  (Padding counts as tokens, too: calibrate without it,
-# or with little.)
+# The last factor gives back to rms how loud the layer is as a whole, to compare layers when they
+# compete for rank.  (Padding counts as tokens, too: calibrate without it, or with little.)
 #
 # Official: lora.py listens to one batch, and only to the first token's outputs.
 
@@ -109,13 +109,12 @@ class Listener:
         self.count += len(x)
         self.last_call = time.perf_counter()
 
-    def finish(self):
-        # All processes must get the same ranks: they take the first one's tokens.
+    def share(self):
+        """All processes must get the same ranks: they take the first one's tokens."""
         if dist.is_available() and dist.is_initialized():
             box = [self.tokens.cpu()]
             dist.broadcast_object_list(box)
             self.tokens = box[0].to(self.tokens)
-        self.X, self.rms = scale_tokens(self.tokens)
 
 
 def upcast(tensor):
@@ -133,7 +132,7 @@ def scale_tokens(tokens):
         return tokens, tokens.new_ones(tokens.shape[1])
     loudness = tokens.square().mean(dim=1, keepdim=True).sqrt()
     X = tokens / loudness
-    typical = loudness.log().mean().exp()
+    typical = loudness.log().mean().exp()  # the geometric mean
     return X, X.square().mean(dim=0).sqrt() * typical
 
 
@@ -148,8 +147,7 @@ def scale_tokens(tokens):
 #     minimise ||(W - B A) S||   =>   W S = U diag(sigma) V^T,
 #                                     B = U_r diag(sigma_r)^1/2,  A = diag(sigma_r)^1/2 V_r^T S^-1
 #
-# By default the adapter uses V_r^T alone.  W x is (W S) (S^-1 x), so these are the r directions of
-# S^-1 x that W reads most; in section 4, G x is what stands for S^-1 x.
+# By default the adapter uses V_r^T alone; section 4 says why.
 #
 # Official: AwLinear (lora_lib.py) decomposes W without weights, and slices V where it means V^T.
 
@@ -204,7 +202,7 @@ def outlier_weighted_svd(weight: Tensor, channel_rms: Tensor, rank: int) -> tupl
 # Official: lora.py solves the same in real numbers (SciPy) and cuts these to whole ones, which
 # leaves 6 % of the budget unspent.  Its theta is the size of a layer's output.
 
-COINS = 2**18  # knapsack_ranks counts the budget in at most so many coins, to bound its memory
+COINS = 2**18  # knapsack_ranks counts the budget in at most so many coins: as many bytes a unit
 
 
 def outlier_mass(weight: Tensor, channel_rms: Tensor, threshold: float = 2.0) -> float:
@@ -260,6 +258,7 @@ def knapsack_ranks(
 ) -> list[int]:
     """The optimum, by dynamic programming; arguments and result as of greedy_ranks.
 
+    It is here to show what exact means: in train_toy.py's models it gains less than a thousandth.
     best[b] is the most that b coins can gain with the units of rank offered so far.  A coin is the
     costs' greatest common divisor, which is exact; if that makes more than COINS coins, they are
     made larger and prices are rounded up.
@@ -286,7 +285,7 @@ def knapsack_ranks(
     return ranks
 
 
-# ---- 4. The layer, and its amplified updates ---------------------------------------------------
+# ---- 4. The layer, and its updates, with the sign reversed --------------------------------------
 # Abstract: "Activation-informed training to amplify updates on significant weights".
 #
 # The sign is reversed here: loud directions of x are turned down, quiet ones up, and the updates
@@ -299,14 +298,14 @@ def knapsack_ranks(
 # Where C is large, G is small.  At p = 0, G = I.  At the default p = 1/2, but for the damping, G x
 # is equally loud in all directions that G knows (whitened).
 #
-# Changes dA and dB move W by s (B dA + dB A) G.  With SGD, dA follows the gradient of A, B^T
-# (gradient of W) G, and so brings a second G.  (At p = 1/2, G^2 is the factor that K-FAC applies to
-# inputs; K-FAC keeps it up to date.)  Adam rescales dA entry by entry, which undoes the second G as
-# far as G is diagonal; the first one stays.
+# Small changes dA and dB move W by s (B dA + dB A) G: both parts end in G.  SGD brings a second G,
+# for the gradients of A and B are B^T (gradient of W) G and (gradient of W) G A^T, up to s.  (At
+# p = 1/2, G^2 is the factor that K-FAC applies to inputs; K-FAC keeps it up to date.)  Adam brings
+# all entries of dA and dB to similar sizes, which undoes much of the second G; the first stays.
 #
-# The start: B0 = 0 and A0 = V_r^T / s, with V from W S = U diag(sigma) V^T.  At p = 1/2, for a
-# diagonal C and no damping, G x is proportional to S^-1 x, so V_r^T picks the directions of G x
-# that W reads most; for other p it is used all the same.
+# The start: B0 = 0 and A0 = V_r^T / s, with V from W S = U diag(sigma) V^T.  W x is (W S) (S^-1 x),
+# so V_r^T picks the r directions of S^-1 x that W reads most.  At p = 1/2, for a diagonal C and no
+# damping, S^-1 x is G x, up to a factor: just what the adapter reads.  For other p the same start is used.
 #
 # init="svd" follows the abstract: s B0 A0 G is section 2's best approximation of W, for any p.  It
 # is subtracted again, because the output must not jump.
@@ -314,22 +313,22 @@ def knapsack_ranks(
 # Official: AwLinear scales B A x by |W x|, brought to 0 .. 1 over the batch: that only turns down,
 # ties a sample to its batch and is lost on merging.  Its SVD start changes the output.
 
-DIRECTIONS = 2  # G knows 2 r directions, so the file is twice LoRA's size; more did not help
+DIRECTIONS = 2  # G knows 2 r directions: the saved adapter is twice LoRA's size; more did not help
 DAMPING = 0.1  # a tenth of C's average eigenvalue, which is 1; it bounds G by 0.1^-p
-SCALE = 0.5  # s; A's rows start 1 / s long, and a step of Adam, of fixed size, turns long rows less
+SCALE = 0.5  # s; it cancels in s A0, and only slows the turning of A's rows under Adam
 
 
-def whitening(X, power, k):
+def whitening(X, p, k):
     """X (n, in) -> G: directions (k, in), orthonormal, and gains (k + 1,).
 
-    They are C's loudest directions; the last gain is for all others, which count as their mean.
-    For an empty X, k = 0 and C = I.
+    They are C's loudest directions, at most n of them; the last gain is for all others together,
+    at the mean of their energies.  For an empty X, C = I.
     """
     _, sigma, directions = lowrank_svd(X, k)
     energies = sigma.square() / len(X)  # eigenvalues of C; all of them add up to in
     width, known = X.shape[1], len(energies)
     others = (width - energies.sum()).clamp_min(0) / max(width - known, 1)
-    return directions, (torch.cat([energies, others[None]]) + DAMPING) ** -power
+    return directions, (torch.cat([energies, others[None]]) + DAMPING) ** -p
 
 
 def times_G(A, directions, gains):
@@ -405,12 +404,12 @@ class AiraLinear(nn.Module):
         return self.base.bias
 
 
-def start_adapter(layer, heard, rank, init, power):
+def start_adapter(layer, heard, rank, init, p):
     """The adapter of one layer, at its start; heard: its Listener."""
     W = upcast(weight_of(layer))
     if not W.any():
         W = torch.eye(*W.shape).to(W)  # all zero: any directions will do
-    directions, gains = whitening(heard.X, power, DIRECTIONS * rank)
+    directions, gains = whitening(heard.X, p, DIRECTIONS * rank)
     if init == "svd_A":
         _, _, Vt = lowrank_svd(W * heard.rms, rank)
         return AiraLinear(layer, Vt / SCALE, Vt.new_zeros(len(W), rank), directions, gains)
@@ -426,7 +425,7 @@ def start_adapter(layer, heard, rank, init, power):
 
 
 def select(names, patterns, option):
-    """The names in which a pattern stands as a run of whole parts: "q_proj", "layers.0"."""
+    """The names that have a pattern's parts: "layers.0" finds "layers.0.fc", not "layers.01"."""
     chosen = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         found = {name for name in names if f".{pattern}." in f".{name}."}
@@ -437,7 +436,7 @@ def select(names, patterns, option):
 
 
 def keys_in_full(model, also_train):
-    """The keys, in the model's state_dict, of all that the modules named by also_train hold."""
+    """The state_dict's keys of the modules that also_train names."""
     modules = dict(model.named_modules(remove_duplicate=False))
     chosen = {modules[name] for name in select(modules, also_train, "also_train")}
     return [key for key in model.state_dict() if modules.get(key.rpartition(".")[0]) in chosen]
@@ -464,7 +463,7 @@ def check_weight(name, weight):
 
 
 def linear_layers(model, in_full):
-    """{name: module} of all that can have an adapter; in_full: keys of what trains in full."""
+    """{name: module} of all that can have an adapter, also_train's keys aside."""
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     linear = {}
     for name, module in model.named_modules():
@@ -510,9 +509,11 @@ def listen(model, layers, calibrate):
         for module, mode in modes.items():
             module.training = mode
     for name, listener in heard.items():
-        listener.finish()
+        listener.share()
         if calibrate and len(listener.tokens) == 0:
             raise ValueError(f"{name!r} never ran: exclude it; or is calibrate a generator?")
+        listener.X, listener.rms = scale_tokens(listener.tokens)
+        del listener.tokens  # of a large model they take gigabytes
         if not listener.rms.isfinite().all():
             raise ValueError(f"NaN, inf or huge numbers reach {name!r}: mend weights or batches")
     return heard
@@ -574,7 +575,7 @@ def apply_aira(
     calibrate   function without arguments that runs the model on a few thousand typical tokens
     rank        the budget is what LoRA of this rank trains: sum_l (in + out)_l rank
     targets     which linear layers, by parts of their names: "q_proj", "layers.0", "encoder";
-                None: all, but the output head and weights tied to another module's
+                None: all, but tied weights and, if get_output_embeddings names it, the head
     exclude     which of them not
     also_train  modules to train in full and to save along, as a new head; names as in targets
     init        "svd_A": A0 from the weighted SVD, B0 = 0;  "svd": both factors (section 4)
@@ -582,8 +583,8 @@ def apply_aira(
     allocate    greedy_ranks or knapsack_ranks
     amplify     p, how far quiet directions are amplified over loud ones; below 0 the reverse
 
-    Call it before making the optimizer, torch.compile and DDP.  For bad input it raises ValueError
-    or TypeError and leaves the model as it was.
+    Call it in every process, before making the optimizer, torch.compile and DDP.  For bad input it
+    raises ValueError or TypeError and leaves the model as it was.
     """
     check_bare(model)
     if init not in ("svd_A", "svd"):
@@ -713,7 +714,7 @@ def load_aira(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def check_export(model, exported, modules_to_save):
-    """PEFT would take "overhead" for "head", by its end, and untie tensors that have two names."""
+    """PEFT finds modules_to_save by ends of names, "head" in "overhead", and unties weights."""
     state = model.state_dict()
     owners = Counter(tensor.data_ptr() for tensor in state.values())
     confused = [key for key in exported if owners[state[key].data_ptr()] > 1]
@@ -744,7 +745,7 @@ def save_peft(model: nn.Module, directory: str | Path) -> None:
     config = {
         "peft_type": "LORA",
         "target_modules": "|".join(re.escape(name) for name in adapters),
-        "rank_pattern": ranks,  # PEFT matches "(.*\\.)?(key)$", and "^" excludes longer names
+        "rank_pattern": ranks,  # without "^" PEFT would find them at the ends of other names
         "alpha_pattern": ranks,  # alpha / rank = 1, because s is in B
         "modules_to_save": modules_to_save or None,
         "fan_in_fan_out": all(is_conv1d(adapter.base) for adapter in adapters.values()),
