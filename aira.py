@@ -305,7 +305,7 @@ def knapsack_ranks(
 #
 # The start: B0 = 0 and A0 = V_r^T / s, with V from W S = U diag(sigma) V^T.  W x is (W S) (S^-1 x),
 # so V_r^T picks the r directions of S^-1 x that W reads most.  At p = 1/2, for a diagonal C and no
-# damping, S^-1 x is G x, up to a factor: just what the adapter reads.  For other p the same start is used.
+# damping, S^-1 x is G x, up to a factor: just what the adapter reads.  Other p use the same start.
 #
 # init="svd" follows the abstract: s B0 A0 G is section 2's best approximation of W, for any p.  It
 # is subtracted again, because the output must not jump.
