@@ -89,7 +89,8 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * width, width)
 
     def forward(self, x):
-        heads = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, 32)).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, 32))
+        heads = qkv.permute(2, 0, 3, 1, 4)  # each of the three is (batch, head, place, 32)
         mixed = F.scaled_dot_product_attention(*heads, is_causal=self.causal)
         x = x + self.proj(mixed.transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
@@ -118,8 +119,15 @@ class Transformer(nn.Module):
 
 
 # ---- 2. Data -----------------------------------------------------------------------------------
-# Three parts, training, validation and test.  Each is (x, y, group), a row for each example;
-# examples of one group, the windows of a file, are not independent of each other.
+# Each task has three parts, for training, validation and test.
+
+
+class Part(NamedTuple):
+    """A row for each example, a window of text or an image."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+    group: np.ndarray  # examples of one group, the windows of a file, are not independent
 
 
 def texts(paths):
@@ -130,17 +138,17 @@ def texts(paths):
     files = [], [], []
     for number, path in enumerate(paths):
         part = {0: 1, 1: 2}.get(number % 8, 0)
-        text = path.read_bytes()
-        for start in range(0, len(text) - CONTEXT, CONTEXT + 1):
-            windows[part].append(np.frombuffer(text, np.uint8, CONTEXT + 1, start))
+        content = path.read_bytes()
+        for start in range(0, len(content) - CONTEXT, CONTEXT + 1):
+            windows[part].append(np.frombuffer(content, np.uint8, CONTEXT + 1, start))
             files[part].append(number)
     if len(windows[2]) < 1024:
         sys.exit("too little text: use a Python with its library's sources, torch with its headers")
     parts = []
     for rows, group, most in zip(windows, files, (None, 512, 1024), strict=True):
         some = np.random.default_rng(0).permutation(len(rows))[:most]
-        x = torch.tensor(np.stack(rows)[some]).long().to(DEVICE)
-        parts.append((x[:, :-1], x[:, 1:], np.array(group)[some]))
+        text = torch.tensor(np.stack(rows)[some]).long().to(DEVICE)
+        parts.append(Part(text[:, :-1], text[:, 1:], np.array(group)[some]))
     return parts
 
 
@@ -166,9 +174,9 @@ def glyphs(classes, sizes, curved, seed):
     ink = np.minimum(y.swapaxes(1, 2) @ x, 1)
     images = ink * strength + rng.normal(0, 0.2, (n, 32, 32))
     patches = images.reshape(n, 4, 8, 4, 8).swapaxes(2, 3).reshape(n, 16, 64)
-    columns = torch.tensor(patches, device=DEVICE).float(), torch.tensor(label, device=DEVICE)
-    parts = zip(*(column.split(sizes) for column in columns), strict=True)
-    return [(x, y, np.arange(len(y))) for x, y in parts]
+    every_x = torch.tensor(patches, device=DEVICE).float().split(sizes)
+    every_y = torch.tensor(label, device=DEVICE).split(sizes)
+    return [Part(x, y, np.arange(len(y))) for x, y in zip(every_x, every_y, strict=True)]
 
 
 # ---- 3. Training -------------------------------------------------------------------------------
@@ -178,7 +186,7 @@ def glyphs(classes, sizes, curved, seed):
 def evaluate(model, part):
     """The mean loss of each window or image (n,)."""
     losses = []
-    for x, y in zip(part[0].split(64), part[1].split(64), strict=True):
+    for x, y in zip(part.x.split(64), part.y.split(64), strict=True):
         loss = F.cross_entropy(model(x).flatten(0, -2), y.flatten(), reduction="none")
         losses.append(loss.view(len(x), -1).mean(1))
     return torch.cat(losses).cpu().numpy()
@@ -203,15 +211,18 @@ def train(model, part, rate, steps, seed, test, tests=1, muon=False):
     the end; the seconds of a step, a median."""
 
     def factor(step):
-        return min(1, 10 * (step + 1) / steps) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+        warm_up = min(1, 10 * (step + 1) / steps)
+        cosine = 0.55 + 0.45 * math.cos(math.pi * step / steps)
+        return warm_up * cosine
 
     tools = make_optimizers(model, rate, muon)
     tools += [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in tools]
     order = torch.Generator().manual_seed(seed)
+    batch = 16 if model.causal else 32
     curve, seconds = [], []
     for step in range(1, steps + 1):
-        rows = torch.randint(len(part[0]), (16 if model.causal else 32,), generator=order)
-        x, y = part[0][rows.to(DEVICE)], part[1][rows.to(DEVICE)]
+        rows = torch.randint(len(part.x), (batch,), generator=order).to(DEVICE)
+        x, y = part.x[rows], part.y[rows]
         start = CLOCK()
         model.zero_grad()
         F.cross_entropy(model(x).flatten(0, -2), y.flatten()).backward()
@@ -236,7 +247,7 @@ def pretrain(task):
         part, _, test = texts(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     else:
         part, _, test = glyphs(64, [25_600, 512, 2048], curved=False, seed=0)
-    key = hashlib.sha256(part[0].cpu().numpy().tobytes())  # other data or code: another base
+    key = hashlib.sha256(part.x.cpu().numpy().tobytes())  # other data or code: another base
     for code in (Block, Transformer, make_optimizers, train, pretrain):
         key.update(inspect.getsource(code).encode())
     path = Path(__file__).parent / f".cache/{kind}-{preset}-{key.hexdigest()[:12]}.pt"
@@ -258,7 +269,8 @@ def load(kind, preset, path):
     model.load_state_dict(torch.load(path, map_location=DEVICE))
     if kind == "gpt":
         return model, texts((Path(torch.__file__).parent / "include/c10").rglob("*.h"))
-    model.head, model.new_head = nn.Linear(model.head.in_features, 32).to(DEVICE), True
+    model.head = nn.Linear(model.head.in_features, 32).to(DEVICE)
+    model.new_head = True
     return model, glyphs(32, [3200, 512, 1024], curved=True, seed=1)
 
 
@@ -283,8 +295,8 @@ def lora(model, part, rank, scale=1):
 
 def some_batches(part):
     """What methods that listen to the model may listen to: 4,096 tokens, in batches of 16."""
-    examples = 4096 // part[0].shape[1]
-    return part[0][torch.randperm(len(part[0]))[:examples]].split(16)
+    examples = torch.randperm(len(part.x))[: 4096 // part.x.shape[1]]
+    return part.x[examples].split(16)
 
 
 def aira(model, part, rank, random_start=False, **options):
@@ -365,14 +377,17 @@ class Method(NamedTuple):
     goal: str = "LoRA"  # the method whose final loss is to be reached
 
 
-SCALES = [{"scale": scale} for scale in (1, 2, 4, 8, 16, 32)]
+def scales(*values, **settings):
+    return [{"scale": value, **settings} for value in values]
+
+
 NO_START = {"random_start": True}
 NO_RANKS = {"importance": equal}
 NO_G = {"amplify": 0}
 LONG = "LoRA, 4 x steps"
 METHODS = {
     "LoRA": Method(lora, 0.008, letter="L"),
-    "LoRA, best scale": Method(lora, 0.004, SCALES, letter="S"),
+    "LoRA, best scale": Method(lora, 0.004, scales(1, 2, 4, 8, 16, 32), letter="S"),
     "AIRA": Method(aira, 0.016, letter="A"),
     "full fine-tuning": Method(full, 0.002, letter="f"),
     "full, Muon": Method(full, 0.002, muon=True),
@@ -388,12 +403,12 @@ METHODS = {
     "LoRA, half rank": Method(lora, 0.008, rank=0.5),
     "AIRA, half rank": Method(aira, 0.016, rank=0.5),
     LONG: Method(lora, 0.008, steps=4, goal=LONG),
-    "best scale, 4 x steps": Method(lora, 0.004, SCALES[1:5], steps=4, goal=LONG),
+    "best scale, 4 x steps": Method(lora, 0.004, scales(2, 4, 8, 16), steps=4, goal=LONG),
     "AIRA, 4 x steps": Method(aira, 0.016, steps=4, goal=LONG),
-    "DoRA": Method(peft, 0.008, [scale | {"use_dora": True} for scale in SCALES[:5:2]]),
-    "EVA": Method(peft, 0.008, [scale | {"start": "eva"} for scale in SCALES[:5:2]]),
-    "CorDA": Method(peft, 0.002, [scale | {"start": "corda"} for scale in SCALES[:3]]),
-    "PiSSA": Method(peft, 0.002, [scale | {"start": "pissa"} for scale in SCALES[:3]]),
+    "DoRA": Method(peft, 0.008, scales(1, 4, 16, use_dora=True)),
+    "EVA": Method(peft, 0.008, scales(1, 4, 16, start="eva")),
+    "CorDA": Method(peft, 0.002, scales(1, 2, 4, start="corda")),
+    "PiSSA": Method(peft, 0.002, scales(1, 2, 4, start="pissa")),
 }
 
 
@@ -439,8 +454,9 @@ def run(job):
     steps = method.steps * size.steps
     tests = size.tests if job.part == 2 else 1
     watched = parts[job.part]
-    curve, step = train(model, parts[0], job.rate, steps, job.seed, watched, tests, method.muon)
-    return Run(job, [float(c.mean()) for c in curve], curve[-1], trained, setup, step)
+    losses, step = train(model, parts[0], job.rate, steps, job.seed, watched, tests, method.muon)
+    curve = [float(one.mean()) for one in losses]
+    return Run(job, curve, losses[-1], trained, setup, step)
 
 
 def search(job):
@@ -478,10 +494,11 @@ def tune(pool, kind, preset, base, names):
     for name in sorted(names, key=lambda name: -METHODS[name].steps):  # the longest first
         for settings in METHODS[name].settings[:: -PRESETS[preset].thin]:
             jobs.append(Job(kind, preset, base, name, settings, METHODS[name].rate))
-    best = dict.fromkeys(names, (math.inf, None))
+    best = {}
     for loss, job in everywhere(pool, search, jobs):
-        best[job.name] = min(best[job.name], (loss, job), key=lambda pair: pair[0])
-    return {name: job for name, (_, job) in best.items()}
+        if job.name not in best or loss < best[job.name][0]:
+            best[job.name] = loss, job
+    return {name: best[name][1] for name in names}
 
 
 def test(pool, best, seeds):
@@ -552,7 +569,9 @@ def speed(runs, others, steps):
     to, share = [], []
     for run, other in zip(runs, others, strict=True):
         to.append(steps_to(other.curve[-1], run, steps))
-        share.append((run.setup + to[-1] * run.step) / (other.setup + steps * other.step))
+        ours = run.setup + to[-1] * run.step
+        theirs = other.setup + steps * other.step
+        share.append(ours / theirs)
     if not np.isfinite(to).all():
         return "never", ""
     return f"{np.mean(to):.0f} +-{error(to):.0f}", f"{np.mean(share):.0%}"
@@ -578,7 +597,8 @@ def differences(results, groups, goal):
     theirs = np.array([run.losses for run in results[goal]])
     for name, runs in results.items():
         less = np.array([run.losses for run in runs]) - theirs
-        seeds, files = error(less.mean(axis=1)), clustered_error(less.mean(axis=0), groups)
+        seeds = error(less.mean(axis=1))
+        files = clustered_error(less.mean(axis=0), groups)
         print(f"{name:44} {less.mean():+8.4f} {seeds:9.4f} {files:8.4f}")
 
 
@@ -600,9 +620,9 @@ def report(results, options):
         print(f"\nAIRA reached LoRA's final loss {when}.")
     if options.full:
         _, parts = load(job.kind, job.preset, job.base)
-        differences(results, parts[2][2], "LoRA")
-        if "LoRA, best scale" in results:
-            differences(results, parts[2][2], "LoRA, best scale")
+        for goal in ("LoRA", "LoRA, best scale"):
+            if goal in results:
+                differences(results, parts[2].group, goal)
     if options.plot:
         plot(curves, steps, f"{job.kind}-{options.plot}")
 
