@@ -446,7 +446,18 @@ def check_bare(model):
     """No adapters yet: neither ours, which install (section 6) notes as _aira, nor PEFT's."""
     for module in model.modules():
         if "_aira" in vars(module) or hasattr(module, "peft_config"):
-            raise ValueError("it has adapters: remove_aira, merge_aira or PEFT's unload() first")
+            raise ValueError("the model has adapters: remove_aira, merge_aira or PEFT's unload()")
+
+
+def check_options(calibrate, init, amplify):
+    if init not in ("svd_A", "svd"):
+        raise ValueError(f"{init=}: there are 'svd_A' and 'svd'")
+    if not math.isfinite(amplify):
+        raise ValueError(f"{amplify=}: a power of 0 to 1, or below 0 for the abstract's sign")
+    if calibrate is None:
+        warnings.warn("no calibrate: all channels count as equally loud", stacklevel=3)
+    elif not callable(calibrate):
+        raise TypeError(f"calibrate is a {type(calibrate).__name__}: give a function, lambda: ...")
 
 
 def check_weight(name, weight):
@@ -481,10 +492,10 @@ def find_layers(model, targets, exclude, in_full):
     head = getattr(model, "get_output_embeddings", lambda: None)()
     chosen = {name for name in linear if linear[name] is not head}
     if targets is not None:
-        chosen = select(linear, targets, "targets")
+        chosen = select(linear, targets, "targets (without tied weights and also_train)")
     chosen -= select(dict(model.named_modules()), exclude, "exclude")
     if not chosen:
-        raise ValueError(f"no linear layer is left to adapt, {exclude=}")
+        raise ValueError(f"no plain nn.Linear or Conv1D is left to adapt, {exclude=}")
     layers = {name: linear[name] for name in linear if name in chosen}
     for name, layer in layers.items():
         check_weight(name, layer.weight)
@@ -553,7 +564,7 @@ def describe(model, adapters, heard, theta):
     lines.append(f"frozen, without adapter ({len(frozen)}): {', '.join(frozen[:9]) or 'none'}")
     last = max(heard, key=lambda name: heard[name].last_call)
     if heard[last].count:
-        lines.append(f"ran last: {last} (a new head, yet untrained, belongs in also_train)")
+        lines.append(f"ran last of these: {last} (is it a new head? Then name it in also_train)")
     return "\n".join(lines)
 
 
@@ -587,12 +598,7 @@ def apply_aira(
     raises ValueError or TypeError and leaves the model as it was.
     """
     check_bare(model)
-    if init not in ("svd_A", "svd"):
-        raise ValueError(f"{init=}: there are 'svd_A' and 'svd'")
-    if calibrate is None:
-        warnings.warn("no calibrate: all channels count as equally loud", stacklevel=2)
-    elif not callable(calibrate):
-        raise TypeError(f"calibrate is a {type(calibrate).__name__}: give a function, lambda: ...")
+    check_options(calibrate, init, amplify)
     in_full = keys_in_full(model, also_train)
     layers = find_layers(model, targets, exclude, in_full)
     heard = listen(model, layers, calibrate)
@@ -678,16 +684,9 @@ def aira_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-@torch.no_grad()
-def load_aira(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Put the adapters of an aira_state_dict on the base model, to use it or to train on.
-
-    Ranks are the tensors' shapes; nothing is computed anew.
-    """
-    if not isinstance(state, dict):
-        raise TypeError(f"load_aira takes the dict that torch.load returns, not {state!r}")
-    check_bare(model)
-    own, parts, in_full = model.state_dict(), {}, {}
+def split_state(state, own):
+    """-> {name: its tensors} of the adapters, {key: tensor} of what was trained in full."""
+    parts, in_full = {}, {}
     for key, tensor in state.items():
         name, _, part = key.rpartition(".")
         if f"{name}.lora_A" in state:
@@ -695,9 +694,26 @@ def load_aira(model: nn.Module, state: dict[str, Tensor]) -> None:
         elif key in own and own[key].shape == tensor.shape:
             in_full[key] = tensor
         else:
-            raise ValueError(f"{key!r} {tuple(tensor.shape)} has no place in {type(model)}")
+            raise ValueError(
+                f"{key!r} {tuple(tensor.shape)} is not of an aira_state_dict on this base"
+            )
     if not parts:
-        raise ValueError("the state holds no adapters: is it of aira_state_dict?")
+        raise ValueError("the state holds no adapters: load_aira takes that of aira_state_dict")
+    return parts, in_full
+
+
+@torch.no_grad()
+def load_aira(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put the adapters of an aira_state_dict on the base model, to use it or to train on.
+
+    Ranks are the tensors' shapes; nothing is computed anew.
+    """
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise TypeError(
+            f"load_aira takes the dict of tensors of aira_state_dict, not {state!r:.99}"
+        )
+    check_bare(model)
+    parts, in_full = split_state(state, model.state_dict())
     adapters = {}
     for name, tensors in parts.items():
         try:
@@ -722,7 +738,10 @@ def check_export(model, exported, modules_to_save):
         if name.endswith(tuple(modules_to_save)) and name not in modules_to_save:
             confused.append(name)
     if confused:
-        raise ValueError(f"PEFT would confuse {confused}: use merge_aira and save the model")
+        raise ValueError(
+            f"{confused}: tied, shared or of like names, which PEFT confuses; "
+            "use merge_aira and save the model"
+        )
 
 
 def save_peft(model: nn.Module, directory: str | Path) -> None:

@@ -541,6 +541,7 @@ REFUSED = {  # the words that the error must have; options, or the weight of "do
     "no left exclude": {"exclude": [*BODY, "head"]},
     "'pissa' 'svd_A'": {"init": "pissa"},
     "ranks 1 max_ranks": {"rank": 0},
+    "amplify=nan": {"amplify": np.nan},
     "calibrate list lambda": {"calibrate": []},
     "'up' never calibrate generator": {"calibrate": lambda: (yield)},
     "importance nan batches": {"importance": lambda W, rms: np.nan},
@@ -677,6 +678,7 @@ def test_a_broken_file_is_named_and_changes_nothing(net, x, words):
         del broken[key]
     refuses(base, words, lambda: load_aira(base, broken))
     refuses(base, "dict 'a.pt'", lambda: load_aira(base, "a.pt"))
+    refuses(base, "tensors 'state'", lambda: load_aira(base, {"state": state}))
     refuses(base, "no adapters", lambda: load_aira(base, {"head.bias": state["head.bias"]}))
     load_aira(base, state)  # whereas the whole file does
     refuses(base, "adapters", lambda: load_aira(base, state))
