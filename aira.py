@@ -32,8 +32,8 @@ Symbols, for one linear layer (a token is any vector that enters it: of text, im
 
     x (in,)                 a token; its loudness is the root mean square of its numbers
     X (n, in)               a sample of tokens, each divided by its own loudness
-    rms (in,), S            the RMS of X's channels, times the tokens' loudness, a geometric mean;
-                            S = diag(rms)
+    rms (in,), S            the RMS of X's channels, times the geometric mean of the tokens'
+                            loudness;  S = diag(rms)
     C (in, in)              X^T X / n: how loud each direction of inputs is; never formed
     G (in, in)              (C + damping I)^-p, kept as a gain for each of the loudest 2 r
                             directions and one for all others;  p = `amplify`
@@ -98,6 +98,7 @@ class Listener:
         self.tokens = weight.new_empty(0, weight.shape[1])
         self.keys = np.empty(0)
         self.random = np.random.default_rng(0)  # whatever the caller's seed or device
+        self.X = self.rms = None  # once all is heard, listen sets them
 
     def __call__(self, layer, args, kwargs, output):
         x = (*args, *kwargs.values())[0].detach()  # passed by position or by name
@@ -189,9 +190,9 @@ def outlier_weighted_svd(weight: Tensor, channel_rms: Tensor, rank: int) -> tupl
 # Abstract: "Outlier-driven dynamic rank assignment using offline optimization".
 #
 # An output adds up terms W_ij x_j, of typical size |W_ij| rms_j: the weight's significance, as OWL
-# defines it.  theta_l sums it over layer l's outliers, the weights above twice its mean.  A unit of
-# rank costs in + out parameters, and each further unit should bring less than the one before; like
-# the official code, we take the logarithm to say so:
+# defines it.  An outlier is here a weight of more than twice its layer's mean significance; theta_l
+# sums those of layer l.  A unit of rank costs in + out parameters, and each further unit should
+# bring less than the one before; like the official code, we take the logarithm to say so:
 #
 #     maximise  sum_l theta_l log r_l    subject to    sum_l cost_l r_l <= budget ,
 #                                                      min_rank <= r_l <= max_rank_l , whole numbers
@@ -202,7 +203,9 @@ def outlier_weighted_svd(weight: Tensor, channel_rms: Tensor, rank: int) -> tupl
 # Official: lora.py solves the same in real numbers (SciPy) and cuts these to whole ones, which
 # leaves 6 % of the budget unspent.  Its theta is the size of a layer's output.
 
-COINS = 2**18  # knapsack_ranks counts the budget in at most so many coins: as many bytes a unit
+COINS = (
+    2**18
+)  # at most so many in knapsack_ranks, which keeps a byte for each coin and unit of rank
 
 
 def outlier_mass(weight: Tensor, channel_rms: Tensor, threshold: float = 2.0) -> float:
@@ -313,9 +316,9 @@ def knapsack_ranks(
 # Official: AwLinear scales B A x by |W x|, brought to 0 .. 1 over the batch: that only turns down,
 # ties a sample to its batch and is lost on merging.  Its SVD start changes the output.
 
-DIRECTIONS = 2  # G knows 2 r directions: the saved adapter is twice LoRA's size; more did not help
+DIRECTIONS = 2  # G knows 2 r directions: a square layer's file is twice LoRA's; more did not help
 DAMPING = 0.1  # a tenth of C's average eigenvalue, which is 1; it bounds G by 0.1^-p
-SCALE = 0.5  # s; it cancels in s A0, and only slows the turning of A's rows under Adam
+SCALE = 0.5  # s; it makes A0's rows longer, so that equal steps of Adam turn them less
 
 
 def whitening(X, p, k):
@@ -404,16 +407,16 @@ class AiraLinear(nn.Module):
         return self.base.bias
 
 
-def start_adapter(layer, heard, rank, init, p):
-    """The adapter of one layer, at its start; heard: its Listener."""
-    W = upcast(weight_of(layer))
+def start_adapter(layer, X, rms, rank, init, p):
+    """The adapter of one layer, at its start."""
+    W = weight_of(layer)
     if not W.any():
         W = torch.eye(*W.shape).to(W)  # all zero: any directions will do
-    directions, gains = whitening(heard.X, p, DIRECTIONS * rank)
+    directions, gains = whitening(X, p, DIRECTIONS * rank)
     if init == "svd_A":
-        _, _, Vt = lowrank_svd(W * heard.rms, rank)
+        _, _, Vt = lowrank_svd(W * rms, rank)
         return AiraLinear(layer, Vt / SCALE, Vt.new_zeros(len(W), rank), directions, gains)
-    B, A = outlier_weighted_svd(W, heard.rms, rank)
+    B, A = outlier_weighted_svd(W, rms, rank)
     B0 = B / SCALE**0.5
     A0 = times_G(A, directions, 1 / gains) / SCALE**0.5  # A G^-1, for G will follow
     return AiraLinear(layer, 0 * A0, 0 * B0, directions, gains, A0, B0)
@@ -453,7 +456,9 @@ def check_options(calibrate, init, amplify):
     if init not in ("svd_A", "svd"):
         raise ValueError(f"{init=}: there are 'svd_A' and 'svd'")
     if not math.isfinite(amplify):
-        raise ValueError(f"{amplify=}: a power of 0 to 1, or below 0 for the abstract's sign")
+        raise ValueError(
+            f"{amplify=} must be finite; 0 to 1 are useful, and -1 to 0 for the abstract"
+        )
     if calibrate is None:
         warnings.warn("no calibrate: all channels count as equally loud", stacklevel=3)
     elif not callable(calibrate):
@@ -605,7 +610,8 @@ def apply_aira(
     theta, ranks = assign_ranks(layers, heard, rank, importance, allocate)
     adapters = {}
     for (name, layer), r in zip(layers.items(), ranks, strict=True):
-        adapters[name] = start_adapter(layer, heard[name], r, init, amplify)
+        X, rms = heard[name].X, heard[name].rms
+        adapters[name] = start_adapter(layer, X, rms, r, init, amplify)
     install(model, adapters, in_full)
     return describe(model, adapters, heard, theta)
 
@@ -686,20 +692,20 @@ def aira_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 def split_state(state, own):
     """-> {name: its tensors} of the adapters, {key: tensor} of what was trained in full."""
-    parts, in_full = {}, {}
+    parts, values = {}, {}
     for key, tensor in state.items():
         name, _, part = key.rpartition(".")
         if f"{name}.lora_A" in state:
             parts.setdefault(name, {})[part] = tensor.clone()
         elif key in own and own[key].shape == tensor.shape:
-            in_full[key] = tensor
+            values[key] = tensor
         else:
             raise ValueError(
                 f"{key!r} {tuple(tensor.shape)} is not of an aira_state_dict on this base"
             )
     if not parts:
         raise ValueError("the state holds no adapters: load_aira takes that of aira_state_dict")
-    return parts, in_full
+    return parts, values
 
 
 @torch.no_grad()
@@ -713,7 +719,7 @@ def load_aira(model: nn.Module, state: dict[str, Tensor]) -> None:
             f"load_aira takes the dict of tensors of aira_state_dict, not {state!r:.99}"
         )
     check_bare(model)
-    parts, in_full = split_state(state, model.state_dict())
+    parts, values = split_state(state, model.state_dict())
     adapters = {}
     for name, tensors in parts.items():
         try:
@@ -725,8 +731,8 @@ def load_aira(model: nn.Module, state: dict[str, Tensor]) -> None:
                 raise ValueError(f"lora_B {tuple(B.shape)}, lora_A {tuple(A.shape)}")
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{name!r} does not fit this model: {error}") from error
-    install(model, adapters, in_full)
-    model.load_state_dict(in_full, strict=False)
+    install(model, adapters, list(values))
+    model.load_state_dict(values, strict=False)
 
 
 def check_export(model, exported, modules_to_save):
@@ -764,7 +770,7 @@ def save_peft(model: nn.Module, directory: str | Path) -> None:
     config = {
         "peft_type": "LORA",
         "target_modules": "|".join(re.escape(name) for name in adapters),
-        "rank_pattern": ranks,  # without "^" PEFT would find them at the ends of other names
+        "rank_pattern": ranks,  # with "^": PEFT takes these, and only these, for ends of names
         "alpha_pattern": ranks,  # alpha / rank = 1, because s is in B
         "modules_to_save": modules_to_save or None,
         "fan_in_fan_out": all(is_conv1d(adapter.base) for adapter in adapters.values()),
@@ -776,6 +782,9 @@ def save_peft(model: nn.Module, directory: str | Path) -> None:
     try:
         from safetensors.torch import save_file
     except ImportError:
+        (folder / "adapter_model.safetensors").unlink(
+            missing_ok=True
+        )  # PEFT would prefer an old one
         torch.save(tensors, folder / "adapter_model.bin")
     else:
         save_file(tensors, folder / "adapter_model.safetensors")

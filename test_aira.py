@@ -265,6 +265,7 @@ def test_ranks_by_hand(allocate):
     assert allocate([3, 1], [1, 1], 4, 1, [9, 9]) == [3, 1]  # 2.08 and 1.22 against .69
     assert allocate([3, 1], [1, 1], 7, 1, [3, 9]) == [3, 4]  # the first may not have more
     assert allocate([0, 1], [1, 1], 9, 2, [9, 3]) == [6, 3]  # no importance: last, but not never
+    assert allocate([0, 1], [1, 1], 5, 2, [9, 9]) == [2, 3]  # the least for all, whatever theta
     # at prices 2 and 3 three are left: greedy spends two, the best spends three
     best = [2, 1] if allocate is greedy_ranks else [1, 2]
     assert allocate([1.0, 1.4], [2, 3], 8, 1, [9, 9]) == best

@@ -233,6 +233,7 @@ def test_without_safetensors_the_file_is_of_torch(tmp_path, monkeypatch):
     pytest.importorskip("safetensors.torch")
     model, batch = adapted("Denoiser", steps=4)
     save_peft(model, tmp_path / "safetensors")
+    save_peft(model, tmp_path / "bin")  # an old file, which PEFT would prefer
     with monkeypatch.context() as blocked:
         blocked.setitem(sys.modules, "safetensors.torch", None)
         save_peft(model, tmp_path / "bin")
