@@ -292,9 +292,9 @@ def knapsack_ranks(
 # Abstract: "Activation-informed training to amplify updates on significant weights".
 #
 # The sign is reversed here: loud directions of x are turned down, quiet ones up, and the updates
-# with them.  Turning loud ones up raised the loss, on images by far; README has the figures.  A
-# likely reason: the gradient of W sums (error) x^T over tokens; a few loud directions fill this
-# sum, and an adapter of low rank can learn only few directions.
+# with them.  Turning loud ones up raised the final loss, on the images of `train_toy.py --full` from
+# 1.05 to 1.39.  A likely reason: the gradient of W sums (error) x^T over tokens; a few loud
+# directions fill this sum, and an adapter of low rank can learn only few directions.
 #
 #     y = W x + s (B A - B0 A0) G x ,    G = (C + damping I)^-p
 #
