@@ -292,7 +292,7 @@ def knapsack_ranks(
 # Abstract: "Activation-informed training to amplify updates on significant weights".
 #
 # The sign is reversed here: loud directions of x are turned down, quiet ones up, and the updates
-# with them.  Turning loud ones up raised the final loss, on the images of `train_toy.py --full` from
+# with them.  Turning loud ones up raised the loss, on the images of `train_toy.py --full` from
 # 1.05 to 1.39.  A likely reason: the gradient of W sums (error) x^T over tokens; a few loud
 # directions fill this sum, and an adapter of low rank can learn only few directions.
 #
