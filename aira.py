@@ -203,15 +203,14 @@ def outlier_weighted_svd(weight: Tensor, channel_rms: Tensor, rank: int) -> tupl
 # Official: lora.py solves the same in real numbers (SciPy) and cuts these to whole ones, which
 # leaves 6 % of the budget unspent.  Its theta is the size of a layer's output.
 
-COINS = (
-    2**18
-)  # at most so many in knapsack_ranks, which keeps a byte for each coin and unit of rank
+COINS = 2**18  # the most in knapsack_ranks, which keeps a byte for each coin and unit of rank
 
 
 def outlier_mass(weight: Tensor, channel_rms: Tensor, threshold: float = 2.0) -> float:
     """The default theta: the sum of significance over outliers, above threshold times the mean.
 
-    OWL takes the share of weights that are outliers, whatever their size; the sum measured better.
+    OWL takes the share of weights that are outliers, whatever their size; the sum measured better
+    on text, and no better on images.
     The sum over all weights, threshold 0, gives similar ranks.
     """
     significance = upcast(weight.detach()).abs() * upcast(channel_rms)
@@ -418,7 +417,7 @@ def start_adapter(layer, X, rms, rank, init, p):
         return AiraLinear(layer, Vt / SCALE, Vt.new_zeros(len(W), rank), directions, gains)
     B, A = outlier_weighted_svd(W, rms, rank)
     B0 = B / SCALE**0.5
-    A0 = times_G(A, directions, 1 / gains) / SCALE**0.5  # A G^-1, for G will follow
+    A0 = times_G(A, directions, 1 / gains) / SCALE**0.5  # A G^-1, because G will follow
     return AiraLinear(layer, 0 * A0, 0 * B0, directions, gains, A0, B0)
 
 
@@ -456,9 +455,7 @@ def check_options(calibrate, init, amplify):
     if init not in ("svd_A", "svd"):
         raise ValueError(f"{init=}: there are 'svd_A' and 'svd'")
     if not math.isfinite(amplify):
-        raise ValueError(
-            f"{amplify=} must be finite; 0 to 1 are useful, and -1 to 0 for the abstract"
-        )
+        raise ValueError(f"{amplify=} must be finite: 0 to 1, or -1 to 0 for the abstract")
     if calibrate is None:
         warnings.warn("no calibrate: all channels count as equally loud", stacklevel=3)
     elif not callable(calibrate):
@@ -646,7 +643,8 @@ def replace(model, new):
 
 def install(model, adapters, in_full):
     """Freeze the model, put the adapters in, and let the tensors with the keys in_full learn."""
-    before = {key: model.state_dict()[key].clone() for key in in_full}
+    state = model.state_dict()
+    before = {key: state[key].clone() for key in in_full}
     flags = {p: p.requires_grad for p in model.parameters()}
     model._aira = Adapted(adapters, before, flags)
     model.requires_grad_(False)
@@ -700,9 +698,7 @@ def split_state(state, own):
         elif key in own and own[key].shape == tensor.shape:
             values[key] = tensor
         else:
-            raise ValueError(
-                f"{key!r} {tuple(tensor.shape)} is not of an aira_state_dict on this base"
-            )
+            raise ValueError(f"{key!r} {tuple(tensor.shape)}: not of aira_state_dict, on this base")
     if not parts:
         raise ValueError("the state holds no adapters: load_aira takes that of aira_state_dict")
     return parts, values
@@ -715,9 +711,7 @@ def load_aira(model: nn.Module, state: dict[str, Tensor]) -> None:
     Ranks are the tensors' shapes; nothing is computed anew.
     """
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise TypeError(
-            f"load_aira takes the dict of tensors of aira_state_dict, not {state!r:.99}"
-        )
+        raise TypeError(f"load_aira takes aira_state_dict's dict of tensors, not {state!r:.99}")
     check_bare(model)
     parts, values = split_state(state, model.state_dict())
     adapters = {}
@@ -760,7 +754,8 @@ def save_peft(model: nn.Module, directory: str | Path) -> None:
     modules_to_save = sorted({key.rpartition(".")[0] for key in before})
     check_export(model, [*before, *(f"{name}.lora_A" for name in adapters)], modules_to_save)
 
-    tensors = {key: model.state_dict()[key] for key in before}
+    state = model.state_dict()
+    tensors = {key: state[key] for key in before}
     ranks = {}
     for name, adapter in adapters.items():
         B, A = adapter.factors()
@@ -782,9 +777,8 @@ def save_peft(model: nn.Module, directory: str | Path) -> None:
     try:
         from safetensors.torch import save_file
     except ImportError:
-        (folder / "adapter_model.safetensors").unlink(
-            missing_ok=True
-        )  # PEFT would prefer an old one
+        # PEFT would prefer an older file of that kind.
+        (folder / "adapter_model.safetensors").unlink(missing_ok=True)
         torch.save(tensors, folder / "adapter_model.bin")
     else:
         save_file(tensors, folder / "adapter_model.safetensors")

@@ -2,7 +2,7 @@
 """Fine-tune two small transformers with LoRA, with AIRA and in full: which learns faster?
 
     python train_toy.py           # some minutes on two CPU cores or on a GPU; no downloads
-    python train_toy.py --full    # every number in README: all methods, five seeds, two hours
+    python train_toy.py --full    # README's tables: all methods, five seeds, some two hours
     python train_toy.py --full --model vit --only LoRA AIRA
 
 GPT: a language model over bytes has read modules of Python's standard library and moves to C++,
@@ -620,7 +620,7 @@ def report(results, options):
         print(f"\nAIRA reached LoRA's final loss {when}.")
     if options.full:
         _, parts = load(job.kind, job.preset, job.base)
-        for goal in ("LoRA", "LoRA, best scale"):
+        for goal in ("LoRA", "LoRA, best scale", "AIRA"):
             if goal in results:
                 differences(results, parts[2].group, goal)
     if options.plot:
