@@ -210,7 +210,7 @@ def outlier_mass(weight: Tensor, channel_rms: Tensor, threshold: float = 2.0) ->
     """The default theta: the sum of significance over outliers, above threshold times the mean.
 
     OWL takes the share of weights that are outliers, whatever their size; the sum measured better
-    on text, and no better on images.
+    on text, and alike on images.
     The sum over all weights, threshold 0, gives similar ranks.
     """
     significance = upcast(weight.detach()).abs() * upcast(channel_rms)
