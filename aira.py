@@ -1,56 +1,67 @@
 # SPDX-License-Identifier: MIT
-"""AIRA, Activation-Informed Low-Rank Adaptation (ICCV 2025), in one file.
+"""AIRA: Activation-Informed Low-Rank Adaptation (ICCV 2025), in one file.
 
-LoRA fine-tunes a linear layer y = W x without touching W.  It trains two thin matrices beside it,
-y = W x + s B A x; A (r, in) starts at random, B (out, r) at zero, and all layers have one rank r.
-AIRA first runs the model on a few batches and measures its activations.  They decide
+LoRA fine-tunes a linear layer y = W x without changing W.  It trains two thin matrices beside it,
 
-    the start    A starts from an SVD of W in which loud input channels weigh more;
-    the ranks    LoRA's parameter budget is shared out: more where large weights meet loud inputs;
-    the updates  the adapter reads G x in place of x, where a fixed matrix G rescales directions.
+    y = W x + B A x ,        A (r, in) starts at random, B (out, r) at zero,
 
-Where this file departs from the abstract, because it measured better:
-    activations  each token is first divided by its own loudness, so that no few loud tokens decide.
-    start        B is zero: the SVD gives A's directions only.  init="svd" starts both factors.
-    updates      the sign is reversed: G turns loud directions down and quiet ones up.  The abstract
-                 amplifies the updates of significant weights, those that loud inputs meet; that was
-                 worse than doing nothing.  A negative `amplify` follows it.
+and gives every layer the same rank r.  AIRA first runs the model on a few batches and measures the
+activations that enter each layer.  They decide three things:
+
+    1. the start     A comes from an SVD of W in which an input direction counts the more, the
+                     larger the activations along it are;
+    2. the ranks     LoRA's parameter budget is divided by how many large weights of a layer meet
+                     large activations;
+    3. the updates   each of the r components, a column of B with its row of A, has a gain.  It is
+                     larger for components that carry more of the layer's output, and amplifies
+                     their updates.
+
+    y = W x + B diag(g) A S^-1 x          g the gains, S the sizes of the activations
 
 Use, in any training loop:
 
     import torch
+    from torch import nn
     from aira import aira_state_dict, apply_aira
 
-    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64))
-    batches = [torch.randn(32, 64) for _ in range(4)]
-    print(apply_aira(model, lambda: [model(x) for x in batches], rank=4))  # changes it in place
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+    x, y = torch.randn(256, 64), torch.randn(256, 8)
+
+    print(apply_aira(model, lambda: model(x), rank=4))  # changes it in place -> {layer: rank}
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=4e-3)  # now train as ever, and then
+    optimizer = torch.optim.AdamW(trained, lr=4e-3, weight_decay=0)
+    for step in range(100):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
     torch.save(aira_state_dict(model), "adapter.pt")
 
-Symbols, for one linear layer (a token is any vector that enters it: of text, image or table):
+RATES
 
-    x (in,)                 a token; its loudness is the root mean square of its numbers
-    X (n, in)               a sample of tokens, each divided by its own loudness
-    rms (in,), S            the RMS of X's channels, times the geometric mean of the tokens'
-                            loudness;  S = diag(rms)
-    C (in, in)              X^T X / n: how loud each direction of inputs is; never formed
-    G (in, in)              (C + damping I)^-p, kept as a gain for each of the loudest 2 r
-                            directions and one for all others;  p = `amplify`
-    W (out, in)             the layer's own weight, frozen
-    A (r, in), B (out, r)   the adapter of rank r;  A0, B0: where it starts
-    s                       the adapter's scale, the same for all layers
+Symbols, for one linear layer:
+
+    x (in,), X (n, in)      an input, as of one token or patch; a sample of n inputs, normalised
+    rms (in,)               the root mean square (RMS) of each input channel
+    D (k, in), d (k,)       the k orthonormal directions along which X is largest, and how many
+                            times larger X is along each of them than along the rest
+    S (in, in)              I + D^T diag(d - 1) D, which stretches each of these directions by d
+    P (k, in)               diag(1 - 1/d)^1/2 D, so that S^-1 = I - P^T P
+    W (out, in)             the layer's weight, frozen
+    U, sigma, V^T           (out, r), (r,), (r, in): the SVD of W S, cut to rank r
+    A (r, in), B (out, r)   the adapter, trained;  A starts at V^T, B at zero
+    g (r,)                  the gains, fixed
     theta                   the layer's importance when ranks are assigned
+
+DEPARTURES
 
 An independent re-implementation, from the abstract and the released code ("Official" below:
 github.com/lliai/LoRA-Zoo, folder aira).  LoRA: arXiv 2106.09685.  Outliers: OWL, 2310.05175.
-Weighted SVD: ASVD, 2312.05821.  A start from an SVD: PiSSA, 2404.02948.  G: K-FAC, 1503.05671.
+Weighted SVD: ASVD, 2312.05821.  A start from an SVD: PiSSA, 2404.02948.  S^-1: K-FAC, 1503.05671.
 """
 
 import json
 import math
 import re
-import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -64,170 +75,185 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-Names = str | Iterable[str]
+Names = str | Iterable[str] | None
 
 
-# ---- 1. Listening ------------------------------------------------------------------------------
-# Abstract: existing methods "fail to account for activation information, such as outliers".
+# ---- 1. Activations ----------------------------------------------------------------------------
+# Abstract: LoRA techniques "fail to account for activation information, such as outliers".
 #
-# While the user's batches run, each layer keeps a uniform sample of the tokens that enter it; all
-# that follows is computed from W and this sample.  The outliers that matter here are channels, loud
-# in most tokens.  But a few whole tokens can be hundreds of times louder than the others (a text's
-# first token often is) and would drown all else, so each is divided by its own loudness:
+# While the user's batches run, a hook keeps a uniform sample of each layer's inputs; all that
+# follows is computed from W and this sample.  Some inputs are hundreds of times larger than others
+# (a text's first token often is), and would decide every mean alone.  So each is divided by its own
+# size:
 #
-#     X = the tokens / their loudness ,    loudness = sqrt(mean_j x_j^2)
-#     rms_j = sqrt(mean over X's rows of X_j^2) * geometric mean of the loudness
+#     X = inputs / size ,     size = sqrt(mean over channels of input_j^2)
+#     rms_j = sqrt(mean over X's rows of X_j^2) * geometric mean of the sizes
 #
-# The last factor gives back to rms how loud the layer is as a whole, to compare layers when they
-# compete for rank.  (Padding counts as tokens, too: calibrate without it, or with little.)
+# What is large in X is large in most inputs.  The last factor makes the rms of a layer with large
+# inputs large again, because section 3 compares layers.
 #
-# Official: lora.py listens to one batch, and only to the first token's outputs.
+# An outlier need not be a single channel: often it is a direction, in which many channels are large
+# together.  S therefore knows the k largest directions.  With a direction's energy, the mean over
+# X's rows of (D_i X)^2, and rest, the mean energy of all directions that D leaves out:
+#
+#     d_i = sqrt((energy_i + DAMPING) / (rest + DAMPING)) ,     S = I + D^T diag(d - 1) D
+#
+# S is then close to (X^T X / n + DAMPING I)^1/2, up to a constant factor.
+#
+# Official: lora.py runs one batch, and keeps the first index of each output's first dimension.
 
-SAMPLE = 1024  # tokens kept of each layer: with 4,096, or with all, the losses were the same
+SAMPLE = 1024  # inputs kept of each layer: a random 4,096 or all gave the same losses
+DAMPING = 0.1  # the mean energy of all directions is 1; this keeps d finite if the rest is silent
 
 
-class Listener:
-    """A forward hook that keeps a uniform sample of the tokens that enter a layer.
-
-    Every token gets a random key, and the tokens with the largest keys stay.
+class Recorder:
+    """A forward hook that keeps a uniform sample of a layer's inputs: it draws a random key for
+    each, and the SAMPLE largest keys stay.
     """
 
     def __init__(self, weight):
-        self.count = 0  # of all tokens
-        self.last_call = 0.0  # a time, for the report's line on what ran last
-        self.tokens = weight.new_empty(0, weight.shape[1])
+        self.inputs = weight.new_empty(0, weight.shape[1])
         self.keys = np.empty(0)
-        self.random = np.random.default_rng(0)  # whatever the caller's seed or device
-        self.X = self.rms = None  # once all is heard, listen sets them
+        self.random = np.random.default_rng(0)  # of its own, so that the caller's seed stays
 
     def __call__(self, layer, args, kwargs, output):
         x = (*args, *kwargs.values())[0].detach()  # passed by position or by name
         x = x.reshape(-1, x.shape[-1])
-        tokens = torch.cat([self.tokens, x])
-        keys = np.append(self.keys, self.random.random(len(x)))
-        largest = keys.argsort()[-SAMPLE:]
-        self.tokens, self.keys = tokens[largest], keys[largest]
-        self.count += len(x)
-        self.last_call = time.perf_counter()
-
-    def share(self):
-        """All processes must get the same ranks: they take the first one's tokens."""
-        if dist.is_available() and dist.is_initialized():
-            box = [self.tokens.cpu()]
-            dist.broadcast_object_list(box)
-            self.tokens = box[0].to(self.tokens)
+        keys = self.random.random(len(x))
+        new = keys.argsort()[-SAMPLE:]  # more of x cannot stay
+        keys = np.append(self.keys, keys[new])
+        kept = keys.argsort()[-SAMPLE:]
+        self.inputs = torch.cat([self.inputs, x[new]])[kept]
+        self.keys = keys[kept]
 
 
-def upcast(tensor):
-    """Half types as float32: they have too few digits for what follows, and no SVD."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+class Activations(NamedTuple):
+    """What is measured of a layer's inputs; without any, rms = 0 and d = 1."""
+
+    rms: Tensor  # (in,)
+    D: Tensor  # (k, in)
+    d: Tensor  # (k,)
 
 
-def scale_tokens(tokens):
-    """tokens (n, in) -> X, the same at RMS 1 without the silent ones; rms (in,).
+def full_precision(tensor):
+    """A context in which an autocast of the user's does not round matrix products."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
-    If nothing was heard, X is empty and all channels count as equally loud, rms = 1.
+
+def top_svd(matrix, k):
+    """matrix (m, n) -> U (m, k), sigma (k,), V^T (k, n) of its k largest singular values.
+
+    A randomised SVD, many times faster than the whole one.  It works on a few columns more than k
+    and iterates, to come close to the optimum; more of either gave the same losses.
     """
-    tokens = upcast(tokens[tokens.any(dim=1)])
-    if len(tokens) == 0:
-        return tokens, tokens.new_ones(tokens.shape[1])
-    loudness = tokens.square().mean(dim=1, keepdim=True).sqrt()
-    X = tokens / loudness
-    typical = loudness.log().mean().exp()  # the geometric mean
-    return X, X.square().mean(dim=0).sqrt() * typical
+    columns = min(k + 8, *matrix.shape)
+    with torch.random.fork_rng(range(torch.cuda.device_count())), full_precision(matrix):
+        torch.manual_seed(0)  # the same in every run and process; the caller's seed stays
+        U, sigma, V = torch.svd_lowrank(matrix, columns, niter=2)
+    return U[:, :k], sigma[:k], V[:, :k].T.contiguous()
+
+
+def measure(inputs: Tensor, k: int) -> Activations:
+    """inputs (n, in) -> rms (in,) and S, as its directions D (k, in) and their sizes d (k,)."""
+    inputs = inputs[inputs.any(dim=1)].float()
+    if len(inputs) == 0:
+        inputs = inputs.new_zeros(1, inputs.shape[1])
+    size = inputs.square().mean(dim=1, keepdim=True).sqrt().clamp_min(1e-30)
+    X = inputs / size
+    rms = X.square().mean(dim=0).sqrt() * size.log().mean().exp()
+
+    n, width = X.shape
+    _, sigma, D = top_svd(X, k)
+    energy = sigma.square() / n
+    rest = (width - energy.sum()).clamp_min(0) / max(width - len(D), 1)  # all add up to width
+    d = ((energy + DAMPING) / (rest + DAMPING)).sqrt()
+    return Activations(rms, D, d.clamp_min(1))  # but for rounding, it is 1 or more
 
 
 # ---- 2. Outlier-weighted SVD -------------------------------------------------------------------
 # Abstract: "Outlier-weighted SVD decomposition to reduce approximation errors in low-rank weight
 # initialization".
 #
-# A plain SVD finds the best B A for W as if all inputs were equally loud.  Weighted by rms, an
-# error counts as it shows in the output (if channels are uncorrelated), and an SVD still gives the
-# optimum, by Eckart and Young's theorem:
+# A plain SVD finds the best B A for W as if activations were equally large in all directions.  With
+# S, an error of B A counts as much as it shows in the layer's output.  An SVD is still the optimum,
+# by Eckart and Young's theorem:
 #
-#     minimise ||(W - B A) S||   =>   W S = U diag(sigma) V^T,
-#                                     B = U_r diag(sigma_r)^1/2,  A = diag(sigma_r)^1/2 V_r^T S^-1
+#     minimise ||(W - B A) S||   =>   W S = U diag(sigma) V^T ,   B = U diag(sigma) ,   A = V^T S^-1
 #
-# By default the adapter uses V_r^T alone; section 4 says why.
+# These are the paper's factors; section 4 says how the adapter uses them.
 #
 # Official: AwLinear (lora_lib.py) decomposes W without weights, and slices V where it means V^T.
 
-FLOOR = 1e-4  # of the mean loudness: a channel that never fired must not be divided by zero
+
+def is_conv1d(module):
+    """Hugging Face's Conv1D, in GPT-2: a linear layer that stores its weight as (in, out)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
-def lowrank_svd(matrix, rank):
-    """matrix (m, n) -> U (m, rank), sigma (rank,), V^T (rank, n) of its largest singular values.
+def weight_of(layer):
+    """The layer's weight as (out, in)."""
+    return layer.weight.detach().T if is_conv1d(layer) else layer.weight.detach()
 
-    The randomised SVD, many times faster than the whole one.  16 columns beyond the rank and five
-    iterations bring its error within a thousandth of the optimum, on flat spectra too.
+
+def outlier_weighted_svd(
+    weight: Tensor, D: Tensor, d: Tensor, rank: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The SVD of W S, cut to rank, with S = I + D^T diag(d - 1) D.
+
+    weight (out, in), D (k, in), d (k,), rank from 1 to min(out, in)
+    -> U (out, rank), sigma (rank,), V^T (rank, in), in float32
     """
-    columns = min(rank + 16, *matrix.shape)
-    with torch.random.fork_rng(range(torch.cuda.device_count())):  # the caller's seed stays
-        torch.manual_seed(0)
-        with torch.autocast(matrix.device.type, enabled=False):
-            U, sigma, V = torch.svd_lowrank(matrix, columns, niter=5)
-    return U[:, :rank], sigma[:rank], V[:, :rank].T.contiguous()
-
-
-def outlier_weighted_svd(weight: Tensor, channel_rms: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best rank-r factors of a weight, with errors weighted by the loudness of channels.
-
-    Used by init="svd"; the default start needs V_r^T only, and takes it from lowrank_svd.
-
-    weight (out, in), channel_rms (in,), rank from 1 to min(out, in)
-    -> B (out, rank), A (rank, in), in float32 or wider.  ValueError if the rank does not fit.
-    """
-    if not 1 <= rank <= min(weight.shape):
-        raise ValueError(f"{rank=}: a weight of {tuple(weight.shape)} has 1 to {min(weight.shape)}")
-    S = upcast(channel_rms)
-    S = S.clamp_min(FLOOR * S.mean()) if S.any() else torch.ones_like(S)
-    U, sigma, Vt = lowrank_svd(upcast(weight.detach()) * S, rank)  # column j times rms_j
-    root = sigma.sqrt()
-    return U * root, root[:, None] * Vt / S
+    W = weight.float()
+    with full_precision(W):
+        WS = W + (W @ D.T * (d - 1)) @ D
+    return top_svd(WS, rank)
 
 
 # ---- 3. Ranks ----------------------------------------------------------------------------------
 # Abstract: "Outlier-driven dynamic rank assignment using offline optimization".
 #
-# An output adds up terms W_ij x_j, of typical size |W_ij| rms_j: the weight's significance, as OWL
-# defines it.  An outlier is here a weight of more than twice its layer's mean significance; theta_l
-# sums those of layer l.  A unit of rank costs in + out parameters, and each further unit should
-# bring less than the one before; like the official code, we take the logarithm to say so:
+# An output adds up terms W_ij x_j, of typical size |W_ij| rms_j: the significance of a weight, as
+# OWL defines it.  An outlier is a weight of more than twice its layer's mean significance, and the
+# layer's importance theta is the sum of its outliers' significance.
 #
-#     maximise  sum_l theta_l log r_l    subject to    sum_l cost_l r_l <= budget ,
-#                                                      min_rank <= r_l <= max_rank_l , whole numbers
+# A unit of rank costs the layer in + out parameters, and each further unit should bring less than
+# the one before.  The logarithm says so:
 #
-# apply_aira's bounds are 1 and twice LoRA's rank.  Between them, r_l is near constant * theta_l /
-# cost_l.
+#     maximise  sum over layers of theta log r     subject to    sum of (in + out) r <= budget ,
+#                                                                min_rank <= r <= max_rank
+#
+# apply_aira's budget is what LoRA trains at one rank for all; its bounds are 1 and twice that rank.
 #
 # Official: lora.py solves the same in real numbers (SciPy) and cuts these to whole ones, which
-# leaves 6 % of the budget unspent.  Its theta is the size of a layer's output.
-
-COINS = 2**18  # the most in knapsack_ranks, which keeps a byte for each coin and unit of rank
+# leaves a part of the budget unspent.  Its theta is the mean size of a layer's output.
 
 
-def outlier_mass(weight: Tensor, channel_rms: Tensor, threshold: float = 2.0) -> float:
-    """The default theta: the sum of significance over outliers, above threshold times the mean.
+def outliers(weight, rms):
+    """-> the significance (out, in) of each weight, and whether it is an outlier."""
+    significance = weight.float().abs() * rms
+    return significance, significance > 2 * significance.mean()
 
-    OWL takes the share of weights that are outliers, whatever their size; the sum measured better
-    on text, and alike on images.
-    The sum over all weights, threshold 0, gives similar ranks.
-    """
-    significance = upcast(weight.detach()).abs() * upcast(channel_rms)
-    outliers = significance > threshold * significance.mean()
-    return float(significance[outliers].sum())
+
+def outlier_mass(weight: Tensor, rms: Tensor) -> float:
+    """The default theta, the sum of the outliers' significance.  weight (out, in), rms (in,)."""
+    significance, outlier = outliers(weight, rms)
+    return float(significance[outlier].sum())
+
+
+def outlier_share(weight: Tensor, rms: Tensor) -> float:
+    """OWL's and the paper's theta: the share of outliers among the weights, 0 to 1."""
+    _, outlier = outliers(weight, rms)
+    return float(outlier.float().mean())
 
 
 def least_ranks(importance, costs, budget, min_rank, max_ranks):
-    """Check the arguments -> everyone's least rank, and what that leaves of the budget."""
-    if min(min_rank, *max_ranks) < 1:
-        raise ValueError(f"ranks must be 1 or more: {min_rank=}, {max_ranks=}")
+    """Check the arguments -> each layer's least rank, and what these leave of the budget."""
     if not (np.isfinite(importance).all() and min(importance) >= 0):
-        raise ValueError(f"{importance=}: NaN, inf or negative; are the batches sound?")
-    ranks = [min(min_rank, largest) for largest in max_ranks]
+        raise ValueError(f"{importance=} must be numbers of 0 or more")
+    ranks = [min(min_rank, most) for most in max_ranks]
     left = budget - int(np.dot(costs, ranks))
-    if left < 0:
-        raise ValueError(f"{budget=} is too small: {min_rank=} takes {budget - left}")
+    if min(ranks) < 1 or left < 0:
+        raise ValueError(f"{budget=} must pay for {ranks=} at least, each of 1 or more")
     return ranks, left
 
 
@@ -236,8 +262,9 @@ def greedy_ranks(
 ) -> list[int]:
     """Give out rank unit by unit, each to the layer that gains most for its cost.
 
-    importance (theta), costs (parameters of a unit of rank), max_ranks: a number for each layer;
-    budget in parameters -> a rank for each layer.  Optimal where all costs are equal.
+    importance (theta), costs (parameters of a unit of rank) and max_ranks have a number for each
+    layer, and so has the result; budget is in parameters.  Optimal where all costs are equal.
+    ValueError if the budget does not pay for min_rank, or an importance is negative or NaN.
     """
     ranks, left = least_ranks(importance, costs, budget, min_rank, max_ranks)
 
@@ -258,26 +285,24 @@ def greedy_ranks(
 def knapsack_ranks(
     importance: list[float], costs: list[int], budget: int, min_rank: int, max_ranks: list[int]
 ) -> list[int]:
-    """The optimum, by dynamic programming; arguments and result as of greedy_ranks.
+    """The exact optimum, by dynamic programming; arguments and result as of greedy_ranks.
 
-    It is here to show what exact means: in train_toy.py's models it gains less than a thousandth.
-    best[b] is the most that b coins can gain with the units of rank offered so far.  A coin is the
-    costs' greatest common divisor, which is exact; if that makes more than COINS coins, they are
-    made larger and prices are rounded up.
+    It counts the budget in coins of the costs' greatest common divisor.  best[b] is the most that
+    b coins can gain from the units of rank offered so far; memory is a byte for each coin and unit.
     """
     ranks, left = least_ranks(importance, costs, budget, min_rank, max_ranks)
-    coin = max(math.gcd(*costs), math.ceil(left / COINS))
+    coin = math.gcd(*costs)
     best = np.zeros(left // coin + 1)
     offers = []
     for layer, least in enumerate(ranks):
-        price = math.ceil(costs[layer] / coin)
+        price = costs[layer] // coin
         for rank in range(least, max_ranks[layer]):
-            taken = np.full_like(best, -np.inf)  # what b coins gain if they buy this unit, too
-            taken[price:] = best[:-price] + importance[layer] * math.log((rank + 1) / rank)
-            offers.append((layer, price, taken >= best))
-            best = np.maximum(best, taken)
+            bought = np.full_like(best, -np.inf)  # what b coins gain if they buy this unit, too
+            bought[price:] = best[:-price] + importance[layer] * math.log((rank + 1) / rank)
+            offers.append((layer, price, bought >= best))
+            best = np.maximum(best, bought)
 
-    # Walk back: which units did the best plan take?  Counting them is enough, because a plan takes
+    # Walk back: which units did the best plan buy?  Counting them is enough, because a plan buys
     # no unit of a layer without the earlier ones, which gain more at the same price.
     coins = len(best) - 1
     for layer, price, worth in reversed(offers):
@@ -287,498 +312,369 @@ def knapsack_ranks(
     return ranks
 
 
-# ---- 4. The layer, and its updates, with the sign reversed --------------------------------------
+# ---- 4. The layer: its start and its gains -----------------------------------------------------
 # Abstract: "Activation-informed training to amplify updates on significant weights".
 #
-# The sign is reversed here: loud directions of x are turned down, quiet ones up, and the updates
-# with them.  Turning loud ones up raised the loss, on the images of `train_toy.py --full` from
-# 1.05 to 1.39.  A likely reason: the gradient of W sums (error) x^T over tokens; a few loud
-# directions fill this sum, and an adapter of low rank can learn only few directions.
+#     y = W x + B diag(g) A S^-1 x ,     g_k = SCALE sigma_k^q / mean over j of sigma_j^q
 #
-#     y = W x + s (B A - B0 A0) G x ,    G = (C + damping I)^-p
+# The start.  A = V^T: so A S^-1 starts at the paper's V^T S^-1, which reads those r components of x
+# that W's output has most of.  B = 0: the output is the base's.
 #
-# Where C is large, G is small.  At p = 0, G = I.  At the default p = 1/2, but for the damping, G x
-# is equally loud in all directions that G knows (whitened).
+# S^-1 stays beside A, fixed, while A trains.  S^-1 x is about equally large in all directions, so a
+# step of the optimizer changes the output no more along large activations than along small ones.
+# (This is whitening; K-FAC's factor for inputs, kept fixed.)
 #
-# Small changes dA and dB move W by s (B dA + dB A) G: both parts end in G.  SGD brings a second G,
-# for the gradients of A and B are B^T (gradient of W) G and (gradient of W) G A^T, up to s.  (At
-# p = 1/2, G^2 is the factor that K-FAC applies to inputs; K-FAC keeps it up to date.)  Adam brings
-# all entries of dA and dB to similar sizes, which undoes much of the second G; the first stays.
+# The gains.  sigma_k is the size of component k in the output, its significance, and q is
+# `amplify`.  The gradients of B's column k and of A's row k are multiplied by g_k, so gradient
+# descent moves W by g_k^2 along component k.  Adam divides the size of gradients out, but g_k stays
+# in the forward pass and W moves by g_k; scaled gradients alone would be undone.
 #
-# The start: B0 = 0 and A0 = V_r^T / s, with V from W S = U diag(sigma) V^T.  W x is (W S) (S^-1 x),
-# so V_r^T picks the r directions of S^-1 x that W reads most.  At p = 1/2, for a diagonal C and no
-# damping, S^-1 x is G x, up to a factor: just what the adapter reads.  Other p use the same start.
+# init="svd" is the paper's start: A = V^T and B diag(g) = U diag(sigma).  What this start adds to
+# the output is subtracted, or the output would jump.
 #
-# init="svd" follows the abstract: s B0 A0 G is section 2's best approximation of W, for any p.  It
-# is subtracted again, because the output must not jump.
-#
-# Official: AwLinear scales B A x by |W x|, brought to 0 .. 1 over the batch: that only turns down,
-# ties a sample to its batch and is lost on merging.  Its SVD start changes the output.
+# Official: AwLinear multiplies B A x by |W x|, brought to 0 .. 1 over the batch.  This only turns
+# down, makes an output depend on the other inputs of its batch, and is lost on merging.
 
-DIRECTIONS = 2  # G knows 2 r directions: a square layer's file is twice LoRA's; more did not help
-DAMPING = 0.1  # a tenth of C's average eigenvalue, which is 1; it bounds G by 0.1^-p
-SCALE = 0.5  # s; it makes A0's rows longer, so that equal steps of Adam turn them less
-
-
-def whitening(X, p, k):
-    """X (n, in) -> G: directions (k, in), orthonormal, and gains (k + 1,).
-
-    They are C's loudest directions, at most n of them; the last gain is for all others together,
-    at the mean of their energies.  For an empty X, C = I.
-    """
-    _, sigma, directions = lowrank_svd(X, k)
-    energies = sigma.square() / len(X)  # eigenvalues of C; all of them add up to in
-    width, known = X.shape[1], len(energies)
-    others = (width - energies.sum()).clamp_min(0) / max(width - known, 1)
-    return directions, (torch.cat([energies, others[None]]) + DAMPING) ** -p
-
-
-def times_G(A, directions, gains):
-    """A (r, in) -> A G.  G = g I + D^T diag(gains - g) D, D the directions, g the last gain."""
-    g = gains[-1]
-    # The two terms nearly cancel where inputs are loud, so half precision would not do.
-    with torch.autocast(A.device.type, enabled=False):
-        along = A @ directions.T  # (r, k)
-        return g * A + (along * (gains[:-1] - g)) @ directions
-
-
-def is_conv1d(module):
-    """Hugging Face's Conv1D, in GPT-2: a linear layer that stores its weight as (in, out)."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
-def weight_of(layer):
-    """The weight as (out, in)."""
-    return layer.weight.detach().T if is_conv1d(layer) else layer.weight.detach()
+SCALE = 4.0  # the mean gain, as LoRA's alpha / rank: it sets how fast B grows against A's turning
+FLOOR = 0.01  # the least sigma_k, of the largest: a component with no gain would never train
 
 
 class AiraLinear(nn.Module):
-    """A frozen linear layer with its adapter: y = base(x) + s (B A - B0 A0) G x.
+    """A frozen linear layer with its adapter: y = base_layer(x) + B diag(g) A S^-1 x.
 
-    base                 nn.Linear or Hugging Face's Conv1D, untouched
-    lora_A, lora_B       (r, in), (out, r): trained, in float32 or wider, because steps are small
-    directions, gains    (k, in), (k + 1,): G, fixed
-    start_A, start_B     A0, B0, fixed, only for init="svd".  Then lora_A and lora_B are what is
-                         added, A = A0 + lora_A, B = B0 + lora_B, so weight decay pulls to the start
+    base_layer           nn.Linear or Hugging Face's Conv1D, the layer itself
+    lora_A, lora_B       A (r, in) and B (out, r), trained; in float32, because steps are small
+    gains                g (r,), fixed
+    projection           P (k, in), fixed
+    start_A, start_B     A and B diag(g) at the start, fixed; only for init="svd"
 
-    The official AwLinear forms B A, as large as W, in each step; here only x A^T B^T.
+    B A, as large as W, is never formed in training; the official AwLinear does so in each step.
     """
 
-    def __init__(self, base, lora_A, lora_B, directions, gains, start_A=None, start_B=None):
+    def __init__(self, base_layer, lora_A, lora_B, gains, projection, start_A=None, start_B=None):
         super().__init__()
-        self.base = base
-        self.out_features, self.in_features = weight_of(base).shape
+        self.base_layer = base_layer
+        self.training = base_layer.training
+        self.out_features, self.in_features = weight_of(base_layer).shape
         self.lora_A = nn.Parameter(lora_A)
         self.lora_B = nn.Parameter(lora_B)
-        self.register_buffer("directions", directions)
         self.register_buffer("gains", gains)
+        self.register_buffer("projection", projection)
         self.register_buffer("start_A", start_A)
         self.register_buffer("start_B", start_B)
-        self.train(base.training)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """B (out, q), A (q, in) with y = base(x) + B A x: a plain LoRA; G and s are folded in.
+        """B' (out, q), A' (q, in) with y = base_layer(x) + B' A' x: the adapter as a plain LoRA.
 
-        q is r, or 2 r with init="svd", because then, with a = lora_A and b = lora_B,
-            (B0 + b) (A0 + a) - B0 A0  =  (B0 + b) a + b A0  =  [B0 + b, b] [a ; A0].
+        q is r, or 2 r with init="svd", because B A - B0 A0 = B (A - A0) + (B - B0) A0.  Both terms
+        are exactly zero at the start.
         """
-        A, B = upcast(self.lora_A), upcast(self.lora_B)
+        A, B, P = self.lora_A, self.lora_B * self.gains, self.projection
         if self.start_A is not None:
-            A, B = torch.cat([A, self.start_A]), torch.cat([self.start_B + B, B], dim=1)
-        return SCALE * B, times_G(A, upcast(self.directions), upcast(self.gains))
+            A = torch.cat([A - self.start_A, self.start_A])
+            B = torch.cat([B, B - self.start_B], dim=1)
+        # A and A P^T P nearly cancel along large directions: half precision would not do.
+        with full_precision(A):
+            return B, torch.addmm(A, A @ P.T, P, alpha=-1)  # A (I - P^T P)
 
     def forward(self, input: Tensor) -> Tensor:
         B, A = self.factors()
-        hidden = F.linear(input, A.to(input.dtype))  # (..., q)
-        return self.base(input) + F.linear(hidden, B.to(input.dtype))
+        hidden = F.linear(input, A.to(input.dtype))
+        return self.base_layer(input) + F.linear(hidden, B.to(input.dtype))
 
     @property
     def weight(self):
-        """W + dW.  nn.TransformerEncoderLayer reads its layers' weights and does not call them."""
+        """The merged weight, for modules that read a layer's weight and do not call the layer."""
         B, A = self.factors()
-        with torch.autocast(A.device.type, enabled=False):
-            dW = B @ A
-        W = self.base.weight
-        return (W + (dW.T if is_conv1d(self.base) else dW)).to(W.dtype)  # rounded once
+        with full_precision(A):
+            change = B @ A
+        W = self.base_layer.weight
+        return (W + (change.T if is_conv1d(self.base_layer) else change)).to(W.dtype)
 
     @property
     def bias(self):
-        return self.base.bias
+        return self.base_layer.bias
 
 
-def start_adapter(layer, X, rms, rank, init, p):
-    """The adapter of one layer, at its start."""
-    W = weight_of(layer)
-    if not W.any():
-        W = torch.eye(*W.shape).to(W)  # all zero: any directions will do
-    directions, gains = whitening(X, p, DIRECTIONS * rank)
+def start_adapter(layer, activations, rank, init, amplify):
+    """The AiraLinear of one layer, at its start."""
+    _, D, d = activations
+    U, sigma, Vt = outlier_weighted_svd(weight_of(layer), D, d, rank)
+    strength = (sigma / sigma.max().clamp_min(1e-30)).clamp_min(FLOOR) ** amplify
+    gains = SCALE * strength / strength.mean()
+    P = (1 - 1 / d).sqrt()[:, None] * D
     if init == "svd_A":
-        _, _, Vt = lowrank_svd(W * rms, rank)
-        return AiraLinear(layer, Vt / SCALE, Vt.new_zeros(len(W), rank), directions, gains)
-    B, A = outlier_weighted_svd(W, rms, rank)
-    B0 = B / SCALE**0.5
-    A0 = times_G(A, directions, 1 / gains) / SCALE**0.5  # A G^-1, because G will follow
-    return AiraLinear(layer, 0 * A0, 0 * B0, directions, gains, A0, B0)
+        return AiraLinear(layer, Vt, torch.zeros_like(U), gains, P)
+    B = U * sigma / gains
+    return AiraLinear(layer, Vt, B, gains, P, start_A=Vt.clone(), start_B=B * gains)
 
 
 # ---- 5. apply_aira -----------------------------------------------------------------------------
-# Find the layers, listen, assign ranks, start the adapters, put them in, report.  All that can be
-# refused is refused before the model is changed.
+# Find the layers, measure their activations, assign ranks, start the adapters, put them in.  All
+# that can be refused is refused before the model is changed.
 
 
 def select(names, patterns, option):
-    """The names that have a pattern's parts: "layers.0" finds "layers.0.fc", not "layers.01"."""
+    """The names in which a pattern's parts stand: "layers.0" in "layers.0.fc", not "layers.01"."""
     chosen = set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+    for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
         found = {name for name in names if f".{pattern}." in f".{name}."}
         if not found:
-            raise ValueError(f"{option}: nothing is named {pattern!r} in {sorted(names)[:9]} ...")
+            raise ValueError(f"{option}: {pattern!r} is no part of a name in {sorted(names)[:99]}")
         chosen |= found
     return chosen
 
 
-def keys_in_full(model, also_train):
-    """The state_dict's keys of the modules that also_train names."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    chosen = {modules[name] for name in select(modules, also_train, "also_train")}
-    return [key for key in model.state_dict() if modules.get(key.rpartition(".")[0]) in chosen]
-
-
 def check_bare(model):
-    """No adapters yet: neither ours, which install (section 6) notes as _aira, nor PEFT's."""
-    for module in model.modules():
-        if "_aira" in vars(module) or hasattr(module, "peft_config"):
-            raise ValueError("the model has adapters: remove_aira, merge_aira or PEFT's unload()")
+    """Adapters of adapters would train, but save and merge wrongly."""
+    if any(isinstance(m, AiraLinear) or hasattr(m, "peft_config") for m in model.modules()):
+        raise ValueError("the model has adapters: merge or remove them first")
 
 
-def check_options(calibrate, init, amplify):
-    if init not in ("svd_A", "svd"):
-        raise ValueError(f"{init=}: there are 'svd_A' and 'svd'")
-    if not math.isfinite(amplify):
-        raise ValueError(f"{amplify=} must be finite: 0 to 1, or -1 to 0 for the abstract")
-    if calibrate is None:
-        warnings.warn("no calibrate: all channels count as equally loud", stacklevel=3)
-    elif not callable(calibrate):
-        raise TypeError(f"calibrate is a {type(calibrate).__name__}: give a function, lambda: ...")
-
-
-def check_weight(name, weight):
-    """It must be one that we can decompose now, and write to when we merge."""
-    if weight.is_meta or hasattr(weight, "device_mesh"):
-        problem = "is elsewhere: load the model before apply_aira, shard it after"
-    elif not weight.is_floating_point():
-        problem = f"is quantised, {weight.dtype}: exclude the layer"
-    elif not weight.isfinite().all():
-        problem = "has NaN or inf: mend it, or exclude the layer"
-    else:
-        return
-    raise ValueError(f"the weight of {name!r} {problem}")
-
-
-def linear_layers(model, in_full):
-    """{name: module} of all that can have an adapter, also_train's keys aside."""
+def find_layers(model, targets, left_out):
+    """{name: layer} of the layers to adapt; without targets all but the output head."""
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
-    linear = {}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    layers = {}
     for name, module in model.named_modules():
         # Subclasses may do anything: out_proj of nn.MultiheadAttention is one, and never called.
         plain = type(module) is nn.Linear or is_conv1d(module)
         # A tied weight has another owner, too, which merging would change.
-        if name and plain and owners[id(module.weight)] == 1 and f"{name}.weight" not in in_full:
-            linear[name] = module
-    return linear
-
-
-def find_layers(model, targets, exclude, in_full):
-    """{name: module} of those to adapt; without targets all but the output head."""
-    linear = linear_layers(model, in_full)
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    chosen = {name for name in linear if linear[name] is not head}
-    if targets is not None:
-        chosen = select(linear, targets, "targets (without tied weights and also_train)")
-    chosen -= select(dict(model.named_modules()), exclude, "exclude")
+        if name and plain and owners[id(module.weight)] == 1:
+            layers[name] = module
+    if targets is None:
+        chosen = {name for name in layers if layers[name] is not head}
+    else:
+        chosen = select(layers, targets, "targets, of plain linear layers whose weight is not tied")
+    chosen -= left_out
     if not chosen:
-        raise ValueError(f"no plain nn.Linear or Conv1D is left to adapt, {exclude=}")
-    layers = {name: linear[name] for name in linear if name in chosen}
-    for name, layer in layers.items():
-        check_weight(name, layer.weight)
-    return layers
+        classes = {type(m).__name__ for m in model.modules() if isinstance(m, nn.Linear)}
+        raise ValueError(f"no plain nn.Linear or Conv1D to adapt is inside; linear are {classes}")
+    return {name: layers[name] for name in layers if name in chosen}
 
 
-def listen(model, layers, calibrate):
-    """Run the user's batches, in eval mode and without gradients -> {name: Listener}."""
-    heard, hooks = {}, []
+def record(model, layers, calibrate):
+    """Run the user's batches, in eval mode and without gradients -> {name: Recorder}."""
+    recorders, hooks = {}, []
     for name, layer in layers.items():
-        heard[name] = Listener(weight_of(layer))
-        hooks.append(layer.register_forward_hook(heard[name], with_kwargs=True))
+        recorders[name] = Recorder(weight_of(layer))
+        hooks.append(layer.register_forward_hook(recorders[name], with_kwargs=True))
     modes = {module: module.training for module in model.modules()}
     try:
+        model.eval()
         with torch.no_grad():
-            model.eval()
-            if calibrate:
-                calibrate()
+            calibrate()
     finally:
         for hook in hooks:
             hook.remove()
         for module, mode in modes.items():
             module.training = mode
-    for name, listener in heard.items():
-        listener.share()
-        if calibrate and len(listener.tokens) == 0:
-            raise ValueError(f"{name!r} never ran: exclude it; or is calibrate a generator?")
-        listener.X, listener.rms = scale_tokens(listener.tokens)
-        del listener.tokens  # of a large model they take gigabytes
-        if not listener.rms.isfinite().all():
-            raise ValueError(f"NaN, inf or huge numbers reach {name!r}: mend weights or batches")
-    return heard
+    return recorders
 
 
-def assign_ranks(layers, heard, rank, importance, allocate):
-    """-> theta, ranks: a number for each layer.  The budget is what LoRA of this rank trains."""
+def measure_layers(layers, recorders, k):
+    """{name: Activations}, in all processes from the first one's inputs, or ranks would differ."""
+    activations = {}
+    for name, layer in layers.items():
+        inputs = recorders.pop(name).inputs  # of a large model, all together take gigabytes
+        if dist.is_available() and dist.is_initialized():
+            box = [inputs.cpu()]
+            dist.broadcast_object_list(box)
+            inputs = box[0].to(inputs.device)
+        if not (inputs.float().square().isfinite().all() and layer.weight.isfinite().all()):
+            raise ValueError(f"NaN, inf or huge numbers in the weight or inputs of {name!r}")
+        activations[name] = measure(inputs, k)
+    unreached = [name for name in layers if not activations[name].rms.any()]
+    if len(unreached) == len(layers):
+        raise ValueError("calibrate ran none of the layers: does it call the model?")
+    if unreached:
+        warnings.warn(f"calibrate did not reach {unreached}: they get rank 1", stacklevel=3)
+    return activations
+
+
+def assign_ranks(layers, activations, rank, importance, allocate):
+    """{name: rank}; the budget is what LoRA of this rank trains."""
     theta, costs, max_ranks = [], [], []
     for name, layer in layers.items():
-        weight = weight_of(layer)
-        theta.append(float(importance(weight, heard[name].rms)))
-        costs.append(sum(weight.shape))
-        max_ranks.append(min(2 * rank, *weight.shape))  # lest one layer takes it all
-    return theta, allocate(theta, costs, rank * sum(costs), 1, max_ranks)
+        W, rms = weight_of(layer), activations[name].rms
+        theta.append(float(importance(W, rms)))
+        costs.append(sum(W.shape))
+        max_ranks.append(min(2 * rank, *W.shape) if rms.any() else 1)
+    ranks = allocate(theta, costs, rank * sum(costs), 1, max_ranks)
+    return dict(zip(layers, ranks, strict=True))
 
 
-def describe(model, adapters, heard, theta):
-    """What apply_aira did, as a table, and what else to know."""
-    width = max(len(name) for name in ["layer", *adapters])
-    lines = [f"{'layer':{width}}    out x in      tokens  importance  rank  parameters"]
-    ours = 0
-    for (name, adapter), importance in zip(adapters.items(), theta, strict=True):
-        out, into = weight_of(adapter.base).shape
-        rank = len(adapter.lora_A)
-        parameters = rank * (out + into)
-        ours += parameters
-        line = f"{name:{width}} {out:>6} x {into:<6} {heard[name].count:>7,} {importance:>11.4g}"
-        lines.append(f"{line} {rank:>5} {parameters:>11,}")
-
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    lines.append(f"trained: {ours:,} parameters in adapters, {trained - ours:,} in also_train")
-    frozen = []
-    for name, p in model.named_parameters():
-        adapted = name.removesuffix(".base.weight") in adapters
-        if p.dim() > 1 and not p.requires_grad and not adapted:
-            frozen.append(name)
-    lines.append(f"frozen, without adapter ({len(frozen)}): {', '.join(frozen[:9]) or 'none'}")
-    last = max(heard, key=lambda name: heard[name].last_call)
-    if heard[last].count:
-        lines.append(f"ran last of these: {last} (is it a new head? Then name it in also_train)")
-    return "\n".join(lines)
+def replace(model, new):
+    """Put new[module] in the module's place, wherever it occurs."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            inner = getattr(child, "_orig_mod", child)  # a compiled layer takes its wrapper along
+            parent._modules[name] = new.get(inner, child)
 
 
 def apply_aira(
     model: nn.Module,
-    calibrate: Callable[[], object] | None = None,
+    calibrate: Callable,
     *,
     rank: int = 8,
-    targets: Names | None = None,
+    targets: Names = None,
     exclude: Names = (),
     also_train: Names = (),
     init: str = "svd_A",
     importance: Callable = outlier_mass,
     allocate: Callable = greedy_ranks,
-    amplify: float = 1 / 2,
-) -> str:
-    """Put adapters into the model, in place, freeze all else, and return a report to print.
+    amplify: float = 0.5,
+) -> dict[str, int]:
+    """Put adapters into the model, in place, and freeze all else -> {layer: rank}.
 
-    calibrate   function without arguments that runs the model on a few thousand typical tokens
-    rank        the budget is what LoRA of this rank trains: sum_l (in + out)_l rank
+    calibrate   function that runs the model on a few thousand typical inputs, with little padding
+    rank        the budget is what LoRA of this rank trains: the sum of (in + out) rank
     targets     which linear layers, by parts of their names: "q_proj", "layers.0", "encoder";
                 None: all, but tied weights and, if get_output_embeddings names it, the head
     exclude     which of them not
-    also_train  modules to train in full and to save along, as a new head; names as in targets
-    init        "svd_A": A0 from the weighted SVD, B0 = 0;  "svd": both factors (section 4)
-    importance  function (W, rms) -> theta;  lambda W, rms: sum(W.shape) gives equal ranks
+    also_train  modules to train in full, as a new head; names as in targets
+    init        "svd_A": A starts from the weighted SVD, B at zero;  "svd": both do
+    importance  function (weight, rms) -> theta: outlier_mass or outlier_share
     allocate    greedy_ranks or knapsack_ranks
-    amplify     p, how far quiet directions are amplified over loud ones; below 0 the reverse
+    amplify     q, the power of sigma in the gains; 0: all components alike
 
     Call it in every process, before making the optimizer, torch.compile and DDP.  For bad input it
-    raises ValueError or TypeError and leaves the model as it was.
+    raises an error and leaves the model as it was.
     """
+    if init not in ("svd_A", "svd"):
+        raise ValueError(f"{init=}: there are 'svd_A' and 'svd'")
     check_bare(model)
-    check_options(calibrate, init, amplify)
-    in_full = keys_in_full(model, also_train)
-    layers = find_layers(model, targets, exclude, in_full)
-    heard = listen(model, layers, calibrate)
-    theta, ranks = assign_ranks(layers, heard, rank, importance, allocate)
+    modules = dict(model.named_modules())
+    full = select(modules, also_train, "also_train")
+    layers = find_layers(model, targets, full | select(modules, exclude, "exclude"))
+    recorders = record(model, layers, calibrate)
+    activations = measure_layers(layers, recorders, 2 * rank)
+    ranks = assign_ranks(layers, activations, rank, importance, allocate)
     adapters = {}
-    for (name, layer), r in zip(layers.items(), ranks, strict=True):
-        X, rms = heard[name].X, heard[name].rms
-        adapters[name] = start_adapter(layer, X, rms, r, init, amplify)
-    install(model, adapters, in_full)
-    return describe(model, adapters, heard, theta)
+    for name, layer in layers.items():
+        adapters[layer] = start_adapter(layer, activations[name], ranks[name], init, amplify)
+
+    model.requires_grad_(False)
+    for name in full:
+        modules[name].requires_grad_(True)
+    replace(model, adapters)
+    return ranks
 
 
 # ---- 6. Remove, merge, save, load, export ------------------------------------------------------
-# The adapters hang in the model; what was there before is noted on it, as model._aira.  Other
-# programs need no code of ours: W + s (B A - B0 A0) G is one matrix, or W and a plain LoRA.
-
-
-class Adapted(NamedTuple):
-    """What remove_aira needs to give back the model that went in; hangs on it as model._aira."""
-
-    adapters: dict[str, AiraLinear]
-    before: dict[str, Tensor]  # the old values of what trains in full
-    flags: dict[Tensor, bool]  # requires_grad of all parameters
+# The adapters are found in the model, wherever they are; nothing else is noted about it.
 
 
 def find_adapters(model):
-    """The module that was adapted, inside of DDP and torch.compile, too."""
-    for module in model.modules():
-        if "_aira" in vars(module):
-            return module
-    raise ValueError("the model has no adapters: call apply_aira or load_aira first")
-
-
-def replace(model, new):
-    """Put new[module] in the module's place, wherever it hangs."""
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            parent._modules[name] = new.get(child, child)
-
-
-def install(model, adapters, in_full):
-    """Freeze the model, put the adapters in, and let the tensors with the keys in_full learn."""
-    state = model.state_dict()
-    before = {key: state[key].clone() for key in in_full}
-    flags = {p: p.requires_grad for p in model.parameters()}
-    model._aira = Adapted(adapters, before, flags)
-    model.requires_grad_(False)
-    for name, p in model.named_parameters(remove_duplicate=False):
-        if name in before:
-            p.requires_grad_(True)
-    replace(model, {adapter.base: adapter for adapter in adapters.values()})
+    """{name: AiraLinear}"""
+    adapters = {n: m for n, m in model.named_modules() if isinstance(m, AiraLinear)}
+    if not adapters:
+        raise ValueError("the model has no adapters: call apply_aira or load_aira first")
+    return adapters
 
 
 def remove_aira(model: nn.Module) -> None:
-    """Give back the model that went in; what also_train names gets its old values, too."""
-    model = find_adapters(model)
-    adapters, before, flags = vars(model).pop("_aira")
-    replace(model, {adapter: adapter.base for adapter in adapters.values()})
-    model.load_state_dict(before, strict=False)
-    for p, flag in flags.items():
-        p.requires_grad_(flag)
+    """Put the model's own layers back, whose weights never changed.  All stays frozen."""
+    adapters = find_adapters(model).values()
+    replace(model, {adapter: adapter.base_layer for adapter in adapters})
 
 
 @torch.no_grad()
 def merge_aira(model: nn.Module) -> None:
-    """Fold the adapters into the base's own layers; ValueError, nothing changed, for NaN or inf."""
-    model = find_adapters(model)
-    for name, adapter in model._aira.adapters.items():
+    """Fold the adapters into the model's own layers.  ValueError, nothing changed, for NaN or inf.
+
+    The new weights are computed in float32 and rounded once.
+    """
+    adapters = find_adapters(model)
+    for name, adapter in adapters.items():
         if not adapter.weight.isfinite().all():
             raise ValueError(f"merging would write NaN or inf to {name!r}: the run has diverged")
-    for adapter in model._aira.adapters.values():
-        adapter.base.weight.copy_(adapter.weight)
-    model._aira.before.clear()  # what was trained in full stays
+    for adapter in adapters.values():
+        adapter.base_layer.weight.copy_(adapter.weight)
     remove_aira(model)
 
 
 def aira_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the adapters' tensors and of what also_train names, for torch.save."""
-    model = find_adapters(model)
-    adapters, before, _ = model._aira
+    """Copies, on the CPU, of all but the frozen parameters, for torch.save and load_aira.
+
+    These are the adapters, all else that trains, and buffers, such as BatchNorm's statistics.
+    """
+    for adapter in find_adapters(model).values():
+        if adapter.lora_A.dim() < 2 or hasattr(adapter.lora_A, "device_mesh"):
+            raise ValueError("the adapters are sharded (FSDP, ZeRO): gather the model first")
+    inner = getattr(model, "_orig_mod", model)
+    if isinstance(inner, nn.parallel.DistributedDataParallel):
+        model = inner.module
     state = {}
-    for key, tensor in model.state_dict().items():
-        if key.rpartition(".")[0] in adapters or key in before:
-            state[key] = tensor.clone()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.requires_grad or not isinstance(tensor, nn.Parameter):
+            name = name.replace("_orig_mod.", "").replace(".base_layer.", ".")  # as in the base
+            state[name] = tensor.detach().cpu().clone()
     return state
-
-
-def split_state(state, own):
-    """-> {name: its tensors} of the adapters, {key: tensor} of what was trained in full."""
-    parts, values = {}, {}
-    for key, tensor in state.items():
-        name, _, part = key.rpartition(".")
-        if f"{name}.lora_A" in state:
-            parts.setdefault(name, {})[part] = tensor.clone()
-        elif key in own and own[key].shape == tensor.shape:
-            values[key] = tensor
-        else:
-            raise ValueError(f"{key!r} {tuple(tensor.shape)}: not of aira_state_dict, on this base")
-    if not parts:
-        raise ValueError("the state holds no adapters: load_aira takes that of aira_state_dict")
-    return parts, values
 
 
 @torch.no_grad()
 def load_aira(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Put the adapters of an aira_state_dict on the base model, to use it or to train on.
 
-    Ranks are the tensors' shapes; nothing is computed anew.
+    What else the state has replaces the base's and trains on; all other parameters are frozen.
+    ValueError or TypeError, nothing changed, if the state does not fit the model.
     """
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise TypeError(f"load_aira takes aira_state_dict's dict of tensors, not {state!r:.99}")
+    if not isinstance(state, dict):
+        raise TypeError(f"load_aira takes aira_state_dict's dict, so torch.load {state!r} first")
     check_bare(model)
-    parts, values = split_state(state, model.state_dict())
-    adapters = {}
+    modules, own = dict(model.named_modules(remove_duplicate=False)), model.state_dict()
+    parts, values, adapters = {}, {}, {}
+    for key, tensor in state.items():
+        name, _, part = key.rpartition(".")
+        if key in own and own[key].shape == tensor.shape:
+            values[key] = tensor
+        elif name in modules and f"{name}.lora_A" in state:
+            device = modules[name].weight.device
+            parts.setdefault(name, {})[part] = tensor.to(device, torch.float32, copy=True)
+        else:
+            raise ValueError(f"{key!r} {tuple(tensor.shape)} does not fit: is it another base?")
     for name, tensors in parts.items():
-        try:
-            layer = model.get_submodule(name)
-            check_weight(name, layer.weight)
-            adapters[name] = AiraLinear(layer, **tensors).to(layer.weight.device)
-            B, A = adapters[name].factors()
-            if (B @ A).shape != weight_of(layer).shape:
-                raise ValueError(f"lora_B {tuple(B.shape)}, lora_A {tuple(A.shape)}")
-        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"{name!r} does not fit this model: {error}") from error
-    install(model, adapters, list(values))
+        adapter = AiraLinear(modules[name], **tensors)
+        B, A = adapter.factors()
+        if (len(B), A.shape[1]) != weight_of(modules[name]).shape:
+            raise ValueError(f"the adapter of {name!r} does not fit: is it another base?")
+        adapters[adapter.base_layer] = adapter
+    if not adapters:
+        raise ValueError("the state holds no adapters: is it aira_state_dict's?")
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        parameter.requires_grad_(name in values)
     model.load_state_dict(values, strict=False)
-
-
-def check_export(model, exported, modules_to_save):
-    """PEFT finds modules_to_save by ends of names, "head" in "overhead", and unties weights."""
-    state = model.state_dict()
-    owners = Counter(tensor.data_ptr() for tensor in state.values())
-    confused = [key for key in exported if owners[state[key].data_ptr()] > 1]
-    for name, _ in model.named_modules():
-        if name.endswith(tuple(modules_to_save)) and name not in modules_to_save:
-            confused.append(name)
-    if confused:
-        raise ValueError(
-            f"{confused}: tied, shared or of like names, which PEFT confuses; "
-            "use merge_aira and save the model"
-        )
+    replace(model, adapters)
 
 
 def save_peft(model: nn.Module, directory: str | Path) -> None:
-    """Write a plain LoRA, to load with PeftModel.from_pretrained(base, directory).
+    """Write the adapters as a plain LoRA, for PeftModel.from_pretrained(base, directory).
 
-    ValueError, and nothing written, where PEFT would take other modules than we did.
+    ValueError, nothing written, if more than adapters is trained.  Needs safetensors.
     """
-    model = find_adapters(model)
-    adapters, before, _ = model._aira
-    modules_to_save = sorted({key.rpartition(".")[0] for key in before})
-    check_export(model, [*before, *(f"{name}.lora_A" for name in adapters)], modules_to_save)
+    from safetensors.torch import save_file
 
-    state = model.state_dict()
-    tensors = {key: state[key] for key in before}
-    ranks = {}
-    for name, adapter in adapters.items():
-        B, A = adapter.factors()
-        tensors[f"{name}.lora_A.weight"] = A
-        tensors[f"{name}.lora_B.weight"] = B
-        ranks[f"^{re.escape(name)}"] = len(A)
+    tensors, ranks = {}, {}
+    for name, adapter in find_adapters(model).items():
+        for part, factor in zip(("lora_B", "lora_A"), adapter.factors(), strict=True):
+            key = f"base_model.model.{name}.{part}.weight"
+            tensors[key] = factor.detach().cpu().contiguous()
+        ranks[f"^{re.escape(name)}"] = len(factor)  # "^": PEFT takes names for ends of names
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad and f"base_model.model.{name}.weight" not in tensors:
+            raise ValueError(f"{name!r} is trained or shared, which PEFT would lose: merge_aira")
     config = {
         "peft_type": "LORA",
-        "target_modules": "|".join(re.escape(name) for name in adapters),
-        "rank_pattern": ranks,  # with "^": PEFT takes these, and only these, for ends of names
-        "alpha_pattern": ranks,  # alpha / rank = 1, because s is in B
-        "modules_to_save": modules_to_save or None,
-        "fan_in_fan_out": all(is_conv1d(adapter.base) for adapter in adapters.values()),
+        "base_model_name_or_path": getattr(model, "name_or_path", None),
+        "r": max(ranks.values()),
+        "lora_alpha": max(ranks.values()),
+        "target_modules": "|".join(name[1:] for name in ranks),
+        "rank_pattern": ranks,
+        "alpha_pattern": ranks,  # alpha / rank = 1, because the gains are in B
+        "fan_in_fan_out": is_conv1d(adapter.base_layer),
     }
-    tensors = {f"base_model.model.{k}": t.detach().cpu().contiguous() for k, t in tensors.items()}
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
-    try:
-        from safetensors.torch import save_file
-    except ImportError:
-        # PEFT would prefer an older file of that kind.
-        (folder / "adapter_model.safetensors").unlink(missing_ok=True)
-        torch.save(tensors, folder / "adapter_model.bin")
-    else:
-        save_file(tensors, folder / "adapter_model.safetensors")

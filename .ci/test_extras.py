@@ -22,7 +22,6 @@ from torch import nn
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from aira import (  # noqa: E402
-    SCALE,
     AiraLinear,
     aira_state_dict,
     apply_aira,
@@ -112,7 +111,7 @@ every_model = pytest.mark.parametrize("name, init", CASES)
 
 
 def build(name):
-    """-> a small random model, without dropout; a batch; what to adapt."""
+    """-> a small random model, without dropout; a batch; what to adapt and to train besides."""
     arguments, batch, what = MODELS[name]
     torch.manual_seed(0)
     if name == "Denoiser":
@@ -138,7 +137,7 @@ def tune(model, batch, steps=4):
 def adapted(name, steps=0, **options):
     """-> a model with adapters, after some steps; a batch."""
     model, batch, what = build(name)
-    apply_aira(model, lambda: model(**batch), **what, **options)
+    apply_aira(model, lambda: model(**batch), **{**what, **options})
     tune(model, batch, steps)
     return model, batch
 
@@ -179,23 +178,17 @@ def test_model_starts_as_the_base_trains_loads_merges_and_comes_back(name, init)
         assert (p.grad is not None and bool(p.grad.any())) == bool(trains.search(key))
 
     trained = answer(model, batch)
-    load_aira(fresh, aira_state_dict(model))
+    state = aira_state_dict(model)
+    load_aira(fresh, state)
     same(answer(fresh, batch), trained)
     merge_aira(fresh)
     close(answer(fresh, batch), trained)
     remove_aira(model)
-    same(dict(model.state_dict()), dict(base.state_dict()))
+    frozen = {key: tensor for key, tensor in model.state_dict().items() if key not in state}
+    same(frozen, {key: base.state_dict()[key] for key in frozen})
 
 
 # ---- PEFT --------------------------------------------------------------------------------------
-
-
-def read(directory):
-    """The tensors that save_peft wrote."""
-    if (directory / "adapter_model.bin").exists():
-        return torch.load(directory / "adapter_model.bin", weights_only=True)
-    packed = pytest.importorskip("safetensors.torch")
-    return packed.load_file(directory / "adapter_model.safetensors")
 
 
 def load_peft(base, directory):
@@ -205,7 +198,8 @@ def load_peft(base, directory):
         warnings.filterwarnings("error", "(?s).*(missing|unexpected|match|fan_in_fan_out)")
         model = peft.PeftModel.from_pretrained(base, directory)
     wanted = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    assert set(wanted) == set(read(directory))
+    packed = pytest.importorskip("safetensors.torch")
+    assert set(wanted) == set(packed.load_file(directory / "adapter_model.safetensors"))
     return model
 
 
@@ -213,29 +207,12 @@ def load_peft(base, directory):
 def test_peft_loads_what_save_peft_writes(name, init, tmp_path):
     """Who has PEFT needs no aira.py."""
     base, _, _ = build(name)
-    model, batch = adapted(name, steps=4, init=init)
+    model, batch = adapted(name, steps=4, init=init, also_train=())
     save_peft(model, tmp_path)
     there = load_peft(base, tmp_path)
     close(answer(there, batch), answer(model, batch))
     merge_aira(model)
     close(dict(there.merge_and_unload().state_dict()), dict(model.state_dict()))
-
-
-def test_without_safetensors_the_file_is_of_torch(tmp_path, monkeypatch):
-    """requirements.txt has no safetensors, and PEFT reads both."""
-    pytest.importorskip("safetensors.torch")
-    model, batch = adapted("Denoiser", steps=4)
-    save_peft(model, tmp_path / "safetensors")
-    save_peft(model, tmp_path / "bin")  # an old file, which PEFT would prefer
-    with monkeypatch.context() as blocked:
-        blocked.setitem(sys.modules, "safetensors.torch", None)
-        save_peft(model, tmp_path / "bin")
-    for ending in ("safetensors", "bin"):
-        files = {file.name for file in (tmp_path / ending).iterdir()}
-        assert files == {"adapter_config.json", f"adapter_model.{ending}"}
-        there = load_peft(build("Denoiser")[0], tmp_path / ending)
-        close(answer(there, batch), answer(model, batch))
-    same(read(tmp_path / "bin"), read(tmp_path / "safetensors"))
 
 
 def alike():
@@ -257,12 +234,12 @@ def test_peft_adapts_these_layers_and_none_of_like_names(names, tmp_path):
     """PEFT takes a name for the end of names; ours are whole, and each has its own rank."""
     model, x = alike()
     base = copy.deepcopy(model)
-    state = {"1.head.weight": torch.ones(6, 6), "1.head.bias": x[0]}
+    state = {}
     for rank, name in enumerate(names.split(), 1):
         state[f"{name}.lora_A"] = torch.rand(rank, 6) / 9
         state[f"{name}.lora_B"] = torch.rand(6, rank)
-        state[f"{name}.directions"] = torch.eye(6)[:2]
-        state[f"{name}.gains"] = torch.rand(3)
+        state[f"{name}.projection"] = torch.eye(6)[:2] / 2
+        state[f"{name}.gains"] = torch.rand(rank)
     load_aira(model, state)
     save_peft(model, tmp_path)
     there, expected = load_peft(base, tmp_path), model(x)
@@ -270,12 +247,16 @@ def test_peft_adapts_these_layers_and_none_of_like_names(names, tmp_path):
     close(there.merge_and_unload()(x), expected)
 
 
-def test_half_of_a_tied_pair_is_not_exported(tmp_path):
-    """PEFT trains a copy of the head: the embedding, tied to it here, would be the old one."""
-    model, batch, _ = build(GPT)
-    apply_aira(model, lambda: model(**batch), also_train="lm_head")
-    with pytest.raises(ValueError, match="'lm_head.weight'.*merge_aira"):
+@pytest.mark.parametrize("trained", ["1.head", "fc.base_layer.bias"])
+def test_what_peft_would_lose_is_not_exported(trained, tmp_path):
+    """A module of also_train, or a bias that the user lets train."""
+    model, x = alike()
+    apply_aira(model, lambda: model(x), exclude="1.head")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or name.startswith(trained))
+    with pytest.raises(ValueError, match=f"'{trained}.*merge_aira"):
         save_peft(model, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 # ---- README's Trainer --------------------------------------------------------------------------
@@ -383,14 +364,13 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant, init):
 
 
 def exact_weight(m):
-    """W + s (B A - B0 A0) G with a dense G, in double precision."""
-    W, A, B = m.base.weight.double(), m.lora_A.double(), m.lora_B.double()
-    A0, B0 = 0 * A, 0 * B
+    """W + (B diag(g) A - B0 diag(g) A0) (I - P^T P), dense and in double precision."""
+    W, A, B = m.base_layer.weight.double(), m.lora_A.double(), m.lora_B.double()
+    change = B * m.gains.double() @ A
     if m.start_A is not None:
-        A0, B0 = m.start_A.double(), m.start_B.double()
-    D, gains = m.directions.double(), m.gains.double()
-    G = gains[-1] * torch.eye(m.in_features) + D.T * (gains[:-1] - gains[-1]) @ D
-    return (W + SCALE * ((B0 + B) @ (A0 + A) - B0 @ A0) @ G).detach()
+        change -= m.start_B.double() @ m.start_A.double()
+    P = m.projection.double()
+    return (W + change @ (torch.eye(m.in_features) - P.T @ P)).detach()
 
 
 HALF = [
@@ -431,7 +411,7 @@ def test_half_precision_and_autocast_follow_float32(dtype, cast, init):
     with autocast():
         merge_aira(half)
     for m, weight in zip(adapters, exact, strict=True):
-        merged, rounding = m.base.weight, (weight.to(dtype) - weight).abs().max()
+        merged, rounding = m.base_layer.weight, (weight.to(dtype) - weight).abs().max()
         assert merged.dtype == dtype
         assert (merged - weight).abs().max() <= rounding + 1e-7  # only rounded, once
 
