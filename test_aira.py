@@ -460,9 +460,10 @@ REFUSED = [  # what the error must name; the options, or the model
     ("targets.*'p'.*'up'", {"targets": "p"}),  # the end of a word is not the end of a name
     ("exclude.*'nrom'.*'up'", {"exclude": "nrom"}),
     ("also_train.*'haed'.*'head'", {"also_train": "haed"}),
-    ("no plain nn.Linear", {"exclude": [*BODY, "head"]}),
+    ("no Linear", {"exclude": [*BODY, "head"]}),
     ("Special", {"model": special()}),
-    ("no plain nn.Linear", {"model": nn.Linear(10, 10)}),
+    ("targets.*Special", {"model": special(), "targets": "up"}),
+    ("no Linear", {"model": nn.Linear(10, 10)}),
     ("'pissa'.*'svd_A'", {"init": "pissa"}),
     ("1 or more", {"rank": 0}),
     ("list.*not callable", {"calibrate": []}),
