@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """aira.py with the packages around it; a test skips where its package is not installed.
 
-Hugging Face's models, PEFT, Trainer (README's example as it stands there), gradient checkpointing,
-half precision, torch.compile and export, and two processes.
+Hugging Face's models, PEFT, Trainer (trainer.py), gradient checkpointing, half precision,
+torch.compile, two processes, and train_toy.py's LoRA against PEFT's.
 """
 
 import copy
@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import nn
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / ".ci")]
+import train_toy  # noqa: E402
 from aira import (  # noqa: E402
     AiraLinear,
     aira_state_dict,
@@ -259,40 +260,26 @@ def test_what_peft_would_lose_is_not_exported(trained, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# ---- README's Trainer --------------------------------------------------------------------------
-
-FEWER = [
-    ("=300", "=6"),
-    ("=100", "=2"),
-    ('"warmup_steps": 30', '"warmup_steps": 1'),
-    ("checkpoint-200", "checkpoint-6"),
-]
-
-
-def play(word, **names):
-    """Run README's block that contains the word, in fewer steps -> its variables."""
-    blocks = re.findall("```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (block,) = [block for block in blocks if word in block]
-    for many, few in FEWER + names.pop("changes", []):
-        block = block.replace(many, few)
-    exec(block, names)
-    return names
+# ---- Trainer: .ci/trainer.py -------------------------------------------------------------------
 
 
 @pytest.fixture
 def given(tmp_path, monkeypatch):
-    """A folder to work in, and what README's example takes as given: a BERT without a head."""
+    """-> trainer.py; what its train needs, in a folder of its own: a BERT without a head."""
     hf = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     monkeypatch.chdir(tmp_path)
+    import trainer
+
     options = dict(use_cpu=True, report_to="none", per_device_train_batch_size=4)
     small = functools.partial(hf.TrainingArguments, **options)
-    monkeypatch.setattr(hf, "TrainingArguments", small)
+    monkeypatch.setattr(trainer, "TrainingArguments", small)
     model, batch, _ = build(BERT)
     model.bert.save_pretrained("base")
     data = [{"input_ids": ids, "labels": label} for ids, label in zip(IDS, CLASSES, strict=True)]
+    Path("run").mkdir()
     torch.manual_seed(0)
-    return dict(BASE="base", batches=[batch], data=3 * data)
+    return trainer, dict(base="base", data=3 * data, batches=[batch], steps=6, save_steps=2)
 
 
 def stop_at(step, patch):
@@ -311,34 +298,29 @@ def stop_at(step, patch):
 @pytest.mark.parametrize("step, seed", [(2, 0), (5, 1)])
 def test_an_interrupted_trainer_ends_as_an_uninterrupted_one(given, monkeypatch, step, seed):
     """Before the first checkpoint it starts anew; after, even a head of another seed is undone."""
-    torch.manual_seed(0)
-    play("get_last_checkpoint", **given)
+    trainer, arguments = given
+    trainer.train(**arguments)
     Path("run").rename("whole")
+    Path("run").mkdir()
     torch.manual_seed(0)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_at(step, patch)
-        play("get_last_checkpoint", **given)
+        trainer.train(**arguments)
     assert Path("run/checkpoint-4").exists() == (step == 5)
     torch.manual_seed(seed)
-    play("get_last_checkpoint", **given)
+    trainer.train(**arguments)
     ended, whole = torch.load("run/adapter.pt"), torch.load("whole/adapter.pt")
     close(ended, whole)
     assert any(tensor.any() for key, tensor in whole.items() if "lora_B" in key)
 
 
-def test_a_run_does_not_go_on_with_other_options(given):
-    """The checkpoint's ranks would not fit."""
-    play("get_last_checkpoint", **given)
-    with pytest.raises(ValueError, match="another folder"):
-        play("get_last_checkpoint", **given, changes=[('"rank": 8', '"rank": 4')])
-
-
 def test_an_adapter_can_be_made_of_a_checkpoint(given):
     """The base has a new head, of other random numbers; both are in the files."""
-    names = play("get_last_checkpoint", **given)
-    model = names["AutoModelForSequenceClassification"].from_pretrained("base", num_labels=2)
-    play("load_model(", **{**names, "model": model})
-    same(torch.load("adapter.pt"), torch.load("run/adapter.pt"))
+    trainer, arguments = given
+    trainer.train(**arguments)
+    model = pytest.importorskip("transformers").AutoModelForSequenceClassification
+    fresh = model.from_pretrained("base", num_labels=2)
+    same(trainer.adapter_of("run/checkpoint-6", fresh), torch.load("run/adapter.pt"))
 
 
 # ---- Torch -------------------------------------------------------------------------------------
@@ -472,3 +454,36 @@ def test_two_processes_with_different_data_have_one_adapter(tmp_path):
         load_aira(fresh, end)
         assert len(set(ranks(fresh).values())) > 1
         same(answer(fresh, batch), logits)
+
+
+# ---- train_toy.py ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1, 16])
+def test_the_baseline_is_pefts_lora_step_for_step(scale):
+    """The same start, data and optimizer: the same losses."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    ours = train_toy.Transformer("gpt")
+    theirs = copy.deepcopy(ours)
+    x = torch.randint(256, (16, 64))
+    train_toy.lora(ours, x, scale)
+    names = ["qkv", "proj", "up", "down"]
+    alpha = scale * train_toy.RANK
+    config = peft.LoraConfig(r=train_toy.RANK, lora_alpha=alpha, target_modules=names)
+    peft.inject_adapter_in_model(config, theirs.requires_grad_(False))
+    for mine, layer in zip(
+        train_toy.adapted_layers(ours), train_toy.adapted_layers(theirs), strict=True
+    ):
+        layer.lora_A.default.weight.data.copy_(mine.lora_A)
+    losses = [[], []]
+    for model, found in zip((ours, theirs), losses, strict=True):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.01)
+        for _ in range(8):
+            optimizer.zero_grad()
+            loss = train_toy.loss_of(model, x, x.roll(-1, 1))
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+    assert losses[0][-1] < losses[0][0]
+    close(losses[0], losses[1])
