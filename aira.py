@@ -8,13 +8,13 @@ LoRA fine-tunes a linear layer y = W x without changing W.  It trains two thin m
 and gives every layer the same rank r.  AIRA first runs the model on a few batches and measures the
 activations that enter each layer.  They decide three things:
 
-    1. the start     A comes from an SVD of W that is weighted by the activations' sizes;
+    1. the start     A comes from an SVD of W in which large input channels weigh more;
     2. the ranks     layers where large weights meet large activations get more of LoRA's budget;
     3. the updates   each of the r components, a column of B with its row of A, has a gain.  It is
                      larger for components that carry more of the layer's output, and amplifies
                      their updates.
 
-    y = W x + B diag(g) A S^-1 x          g: the gains,  S: the sizes of the activations
+    y = W x + B diag(g) A (x - P^T P x)      g: the gains,  P: ours, evens out large directions of x
 
 Use, in any training loop:
 
@@ -22,7 +22,7 @@ Use, in any training loop:
     from torch import nn
     from aira import aira_state_dict, apply_aira
 
-    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))  # here yours, pretrained
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))  # stands for yours
     x, y = torch.randn(256, 64), torch.randn(256, 8)
 
     print(apply_aira(model, lambda: model(x), rank=4))  # changes it in place -> {layer: rank}
@@ -34,41 +34,24 @@ Use, in any training loop:
         optimizer.step()
     torch.save(aira_state_dict(model), "adapter.pt")
 
-Learning rates (AdamW, warm-up, cosine): start from 1e-3 for a pretrained model, from 8e-3 for a
-small one, and try half and twice.  Twice the best rate raised MiniLM's loss by .02 and a small
-GPT's by .07, and broke the run of a small ViT.
-
+RATES
 Symbols, for one linear layer:
 
-    x (in,), X (n, in)      an input, as of one token or patch; a sample of n, each at RMS 1
-    rms (in,)               the size of each input channel, a root mean square (RMS)
-    D (k, in), d (k,)       the k orthonormal directions along which X is largest, and how many
-                            times larger it is along each of them than along the rest
-    S (in, in)              I + D^T diag(d - 1) D, which stretches these directions by d
-    P (k, in)               diag(1 - 1/d)^1/2 D, so that S^-1 = I - P^T P
+    x (in,), X (n, in)      an input, as of one token or patch; a sample of n, scaled to RMS 1 each
+    rms (in,)               the root mean square (RMS) of each input channel
+    S (in,)                 rms, bounded below: the weights of the SVD
+    P (k, in)               the k directions along which X is largest, with how much to shrink them
     W (out, in)             the layer's weight, frozen
-    U, sigma, V^T           (out, r), (r,), (r, in): the SVD of W S, cut to rank r
+    U, sigma, V^T           (out, r), (r,), (r, in): the SVD of W diag(S), cut to rank r
     A (r, in), B (out, r)   the adapter, trained;  A starts at V^T, B at zero
     g (r,)                  the gains, fixed
     theta                   the layer's importance when ranks are assigned
 
-Departures, and by how much each lowered the validation loss of a small GPT and ViT, which is 1.691
-and .936 (rank 16, 100 steps, three seeds; standard errors .003 and .03):
-
-    B starts at zero, and not at U diag(sigma)                                  .06    .5 or more
-    S knows directions, and not only channels as diag(rms)                      .024   .27
-    S^-1 stays beside A while A trains; this whitening is ours                  .022   .22
-    inputs are divided by their sizes, so that no single one decides           -.004   .05
-    theta adds up the outliers' significance; the paper's is their share        .020   .06
-    gains of components; with g = SCALE for all                                -.002   .02
-
-So the third idea is here as the abstract says it, per component, and gains nothing beyond chance.
-The closest that this file comes to the letter: init="svd", importance=outlier_share.
-
+DEPARTURES
 An independent re-implementation, from the abstract, the released code ("Official" below:
 github.com/lliai/LoRA-Zoo, folder aira) and a port by others (github.com/ArkNightmaster/AIRA).
 LoRA: arXiv 2106.09685.  Outliers: OWL, 2310.05175.  Weighted SVD: ASVD, 2312.05821.  A start from
-an SVD: PiSSA, 2404.02948.  S^-1: K-FAC, 1503.05671.
+an SVD: PiSSA, 2404.02948.  P: K-FAC's factor of inputs, 1503.05671.
 """
 
 import json
@@ -78,7 +61,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -95,25 +77,17 @@ Names = str | Iterable[str] | None
 #
 # While the user's batches run, a hook keeps a uniform sample of each layer's inputs; all that
 # follows is computed from W and this sample.  Some inputs are hundreds of times larger than others
-# (a text's first token often is), so each is divided by its own size, lest one decides every mean:
+# (a text's first token often is).  Lest one input decides every mean, each is divided by its own
+# size:
 #
 #     X = inputs / size ,     size = sqrt(mean over channels of input_j^2)
 #     rms_j = sqrt(mean over X's rows of X_j^2) * geometric mean of the sizes
 #
 # The last factor makes rms large again where a layer's inputs are; section 3 compares layers.
 #
-# Often many channels are large together: outliers are directions.  S knows the k largest.  With a
-# direction's energy, the mean over X's rows of (D_j X)^2, and rest, the mean energy of all those
-# that D leaves out:
-#
-#     d_j = sqrt((energy_j + DAMPING) / (rest + DAMPING)) ,     S = I + D^T diag(d - 1) D
-#
-# If the rest is flat, this is (X^T X / n + DAMPING I)^1/2, up to a constant factor.
-#
 # Official: lora.py runs one batch, and keeps the first index of each output's first dimension.
 
 SAMPLE = 1024  # inputs kept of each layer: with 4,096 the losses were the same
-DAMPING = 0.1  # a tenth of the mean energy, 1; without it, d explodes where rest is nearly zero
 
 
 class Recorder:
@@ -137,12 +111,30 @@ class Recorder:
         self.keys = keys[kept]
 
 
-class Activations(NamedTuple):
-    """What is measured of a layer's inputs; without any, rms = 0 and d = 1."""
+def normalise(inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """inputs (n, in) -> X, the same at RMS 1 without zeros; rms (in,), zero if there are none."""
+    inputs = inputs[inputs.any(dim=1)].float()
+    if len(inputs) == 0:
+        return inputs, inputs.new_zeros(inputs.shape[1])
+    size = inputs.square().mean(dim=1, keepdim=True).sqrt()
+    X = inputs / size
+    return X, X.square().mean(dim=0).sqrt() * size.log().mean().exp()
 
-    rms: Tensor  # (in,)
-    D: Tensor  # (k, in)
-    d: Tensor  # (k,)
+
+# ---- 2. Outlier-weighted SVD -------------------------------------------------------------------
+# Abstract: "Outlier-weighted SVD decomposition to reduce approximation errors in low-rank weight
+# initialization".
+#
+# A plain SVD finds the best L R for W as if all input channels were equally large.  Weighted with
+# S = rms, an error of L R counts as much as it shows in the layer's output (if channels are
+# uncorrelated).  An SVD is still the optimum, by Eckart and Young's theorem:
+#
+#     minimise ||(W - L R) diag(S)||  =>  W diag(S) = U diag(sigma) V^T ,
+#                                         L = U diag(sigma) ,  R = V^T diag(S)^-1
+#
+# init="svd" starts the adapter at L and R.  By default it starts with V^T only (section 4).
+#
+# Official: AwLinear (lora_lib.py) decomposes W without weights, and slices V where it means V^T.
 
 
 def full_precision(tensor):
@@ -163,39 +155,6 @@ def top_svd(matrix, k):
     return U[:, :k], sigma[:k], V[:, :k].T.contiguous()
 
 
-def measure(inputs: Tensor, k: int) -> Activations:
-    """inputs (n, in) -> rms (in,) and S, as its directions D (k, in) and their sizes d (k,)."""
-    inputs = inputs[inputs.any(dim=1)].float()
-    if len(inputs) == 0:
-        inputs = inputs.new_zeros(1, inputs.shape[1])
-    size = inputs.square().mean(dim=1, keepdim=True).sqrt().clamp_min(1e-30)
-    X = inputs / size
-    rms = X.square().mean(dim=0).sqrt() * size.log().mean().exp()
-
-    n, width = X.shape
-    _, sigma, D = top_svd(X, k)
-    energy = sigma.square() / n
-    rest = (width - energy.sum()).clamp_min(0) / max(width - len(D), 1)  # all add up to width
-    d = ((energy + DAMPING) / (rest + DAMPING)).sqrt()
-    return Activations(rms, D, d.clamp_min(1))  # less only by rounding, or without any input
-
-
-# ---- 2. Outlier-weighted SVD -------------------------------------------------------------------
-# Abstract: "Outlier-weighted SVD decomposition to reduce approximation errors in low-rank weight
-# initialization".
-#
-# A plain SVD finds the best B A for W as if activations were equally large in all directions.  With
-# S, an error of B A counts as much as it shows in the layer's output.  An SVD is still the optimum,
-# by Eckart and Young's theorem:
-#
-#     minimise ||(W - B A) S||   =>   W S = U diag(sigma) V^T ,   B = U diag(sigma) ,   A = V^T S^-1
-#
-# The adapter starts at this A only; with init="svd" at B, too (section 4).  In the port by others
-# S is diag(rms), as in ASVD.
-#
-# Official: AwLinear (lora_lib.py) decomposes W without weights, and slices V where it means V^T.
-
-
 def is_conv1d(module):
     """Hugging Face's Conv1D, in GPT-2: a linear layer that stores its weight as (in, out)."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
@@ -211,18 +170,13 @@ def weight_of(layer):
     return layer.weight.detach().T if is_conv1d(layer) else layer.weight.detach()
 
 
-def outlier_weighted_svd(
-    weight: Tensor, D: Tensor, d: Tensor, rank: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The SVD of W S, cut to rank, with S = I + D^T diag(d - 1) D.
+def outlier_weighted_svd(weight: Tensor, S: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The SVD of W diag(S), cut to rank.
 
-    weight (out, in), D (k, in), d (k,), rank from 1 to min(out, in)
+    weight (out, in), S (in,), rank from 1 to min(out, in)
     -> U (out, rank), sigma (rank,), V^T (rank, in), in float32
     """
-    W = weight.float()
-    with full_precision(W):
-        WS = W + (W @ D.T * (d - 1)) @ D
-    return top_svd(WS, rank)
+    return top_svd(weight.float() * S, rank)  # column j times S_j
 
 
 # ---- 3. Ranks ----------------------------------------------------------------------------------
@@ -332,28 +286,46 @@ def knapsack_ranks(
 # ---- 4. The layer: its start and its gains -----------------------------------------------------
 # Abstract: "Activation-informed training to amplify updates on significant weights".
 #
-#     y = W x + B diag(g) A S^-1 x ,     g_i = SCALE sigma_i^amplify / mean of sigma_j^amplify
+#     y = W x + B diag(g) A (I - P^T P) x ,    g_i = SCALE s_i^amplify / mean of s_j^amplify ,
+#                                              s_i = max(sigma_i, FLOOR sigma_1)
 #
-# The start.  A = V^T: so A S^-1 starts at section 2's V^T S^-1, which reads those r components of x
-# that W's output has most of.  B = 0: the output is the base's.
+# The start.  A = V^T: the r components of the input that the layer's output has most of.  B = 0:
+# the output is the base's.
 #
-# S^-1 stays beside A, fixed, while A trains.  S^-1 x is as large along the directions of D as along
-# the rest, so a step of the optimizer changes the output alike along all (whitening; the factor for
-# inputs of K-FAC, kept fixed).
+# The gains.  sigma_i is the size of component i in the output, its significance.  The gradients of
+# B's column i and A's row i are multiplied by g_i, so plain gradient descent moves W by g_i^2 along
+# component i.  Adam divides gradients by their size, which would undo a mere scaling of gradients.
+# But g_i is in the forward pass: W moves by g_i.
 #
-# The gains.  sigma_i is the size of component i in the output: its significance.  The gradients of
-# B's column i and A's row i are multiplied by g_i, and plain gradient descent moves W by g_i^2
-# along component i.  Adam would undo gradients that are only scaled, for it divides them by their
-# size; but g_i is in the forward pass, and W moves by g_i.
+# P is ours.  A few directions of x are much larger than the others, and a step of the optimizer
+# would change the output mostly along these.  P holds the k largest directions D_j of X.  With
+# energy_j, the mean over X's rows of (D_j X)^2, and rest, the mean energy of all other directions:
 #
-# init="svd" also starts B, at B diag(g) = U diag(sigma).  What this start adds to the output is
+#     d_j = sqrt((energy_j + DAMPING) / (rest + DAMPING)) ,     P_j = sqrt(1 - 1 / d_j) D_j
+#
+# Then I - P^T P divides direction j by d_j, up to damping its size over the others'.  (Whitening,
+# as K-FAC's factor of inputs, but fixed.)
+#
+# init="svd" is the letter of the abstract: A = R, B diag(g) = L, no P.  The start's own output is
 # subtracted, or the output would jump.
 #
 # Official: AwLinear multiplies B A x by |W x|, brought to 0 .. 1 over the batch.  This only turns
 # down, makes an output depend on the other inputs of its batch, and is lost on merging.
 
-SCALE = 4.0  # the gains' mean, in the place of LoRA's alpha / r
-FLOOR = 0.01  # sigma_i is raised to this part of the largest: without a gain nothing trains
+SCALE = 4.0  # in the place of LoRA's alpha / r; tuned together with the rates on top
+FLOOR = 0.01  # without a gain, a component would never train
+DIRECTIONS = 2  # k, in ranks: with twice as many the losses were no better on images and MiniLM
+DAMPING = 0.1  # the mean energy is 1; without damping, d explodes where rest is nearly 0
+
+
+def large_directions(X, k):
+    """X (n, in) -> P (k, in); of narrow layers at most half of all directions."""
+    n, width = X.shape
+    _, sigma, D = top_svd(X, min(k, width // 2))
+    energy = sigma.square() / max(n, 1)  # all energies add up to width
+    rest = (width - energy.sum()).clamp_min(0) / (width - len(D))
+    d = ((energy + DAMPING) / (rest + DAMPING)).sqrt().clamp_min(1)  # less only by rounding
+    return (1 - 1 / d).sqrt()[:, None] * D
 
 
 class AiraLinear(nn.Module):
@@ -361,14 +333,13 @@ class AiraLinear(nn.Module):
 
     base_layer           nn.Linear or Hugging Face's Conv1D, the layer itself
     lora_A, lora_B       A (r, in) and B (out, r), trained; in float32, because steps are small
-    gains                g (r,), fixed
-    projection           P (k, in), fixed
+    gains, shrink        g (r,) and P (k, in), fixed
     start_A, start_B     A0 = A and B0 = B diag(g) at the start, fixed; only for init="svd"
 
     B A, as large as W, is not formed in training; the official AwLinear does so in each step.
     """
 
-    def __init__(self, base_layer, lora_A, lora_B, gains, projection, start_A=None, start_B=None):
+    def __init__(self, base_layer, lora_A, lora_B, gains, shrink, start_A=None, start_B=None):
         super().__init__()
         self.base_layer = base_layer
         self.training = base_layer.training
@@ -376,7 +347,7 @@ class AiraLinear(nn.Module):
         self.lora_A = nn.Parameter(lora_A)
         self.lora_B = nn.Parameter(lora_B)
         self.register_buffer("gains", gains)
-        self.register_buffer("projection", projection)
+        self.register_buffer("shrink", shrink)
         self.register_buffer("start_A", start_A)
         self.register_buffer("start_B", start_B)
 
@@ -386,7 +357,7 @@ class AiraLinear(nn.Module):
         With init="svd" of rank 2 r, for B A - B0 A0 = [B, B - B0] [A - A0; A0], with g in B.  It is
         exactly zero at the start.
         """
-        A, B, P = self.lora_A, self.lora_B * self.gains, self.projection
+        A, B, P = self.lora_A, self.lora_B * self.gains, self.shrink
         if self.start_A is not None:
             A = torch.cat([A - self.start_A, self.start_A])
             B = torch.cat([B, B - self.start_B], dim=1)
@@ -413,17 +384,16 @@ class AiraLinear(nn.Module):
         return self.base_layer.bias
 
 
-def start_adapter(layer, activations, rank, init, amplify):
+def start_adapter(layer, rms, P, rank, init, amplify):
     """The AiraLinear of one layer, at its start."""
-    _, D, d = activations
-    U, sigma, Vt = outlier_weighted_svd(weight_of(layer), D, d, rank)
-    strength = (sigma / sigma.max().clamp_min(1e-30)).clamp_min(FLOOR) ** amplify
-    gains = SCALE * strength / strength.mean()
-    P = (1 - 1 / d).sqrt()[:, None] * D
+    S = rms.clamp_min(1e-4 * rms.mean() + 1e-12)  # S^-1 exists, for channels of zeros, too
+    U, sigma, Vt = outlier_weighted_svd(weight_of(layer), S, rank)
+    s = (sigma / sigma[0].clamp_min(1e-30)).clamp_min(FLOOR) ** amplify
+    gains = SCALE * s / s.mean()
     if init == "svd_A":
         return AiraLinear(layer, Vt, torch.zeros_like(U), gains, P)
-    B = U * sigma / gains
-    return AiraLinear(layer, Vt, B, gains, P, start_A=Vt.clone(), start_B=B * gains)
+    A, B = Vt / S, U * sigma / gains
+    return AiraLinear(layer, A, B, gains, P[:0], start_A=A.clone(), start_B=B * gains)
 
 
 # ---- 5. apply_aira -----------------------------------------------------------------------------
@@ -487,9 +457,9 @@ def record(model, layers, calibrate):
     return recorders
 
 
-def measure_layers(layers, recorders, k):
-    """{name: Activations}, in all processes from the first one's inputs, or ranks would differ."""
-    activations = {}
+def measure(layers, recorders, k):
+    """-> {name: rms}, {name: P}; in all processes from the first one's inputs: they must agree."""
+    rms, P = {}, {}
     for name, layer in layers.items():
         inputs = recorders.pop(name).inputs  # of a large model, all together take gigabytes
         if dist.is_available() and dist.is_initialized():
@@ -498,23 +468,24 @@ def measure_layers(layers, recorders, k):
             inputs = box[0].to(inputs.device)
         if not (inputs.float().square().isfinite().all() and layer.weight.isfinite().all()):
             raise ValueError(f"NaN, inf or huge numbers in the weight or inputs of {name!r}")
-        activations[name] = measure(inputs, k)
-    unreached = [name for name in layers if not activations[name].rms.any()]
+        X, rms[name] = normalise(inputs)
+        P[name] = large_directions(X, k)
+    unreached = [name for name in layers if not rms[name].any()]
     if len(unreached) == len(layers):
         raise ValueError("calibrate ran none of the layers: does it call the model?")
     if unreached:
         warnings.warn(f"calibrate did not reach {unreached}: they get rank 1", stacklevel=3)
-    return activations
+    return rms, P
 
 
-def assign_ranks(layers, activations, rank, importance, allocate):
+def assign_ranks(layers, rms, rank, importance, allocate):
     """{name: rank}; the budget is what LoRA of this rank trains."""
     theta, costs, max_ranks = [], [], []
     for name, layer in layers.items():
-        W, rms = weight_of(layer), activations[name].rms
-        theta.append(float(importance(W, rms)))
+        W = weight_of(layer)
+        theta.append(float(importance(W, rms[name])))
         costs.append(sum(W.shape))
-        max_ranks.append(min(2 * rank, *W.shape) if rms.any() else 1)
+        max_ranks.append(min(2 * rank, *W.shape) if rms[name].any() else 1)
     ranks = allocate(theta, costs, rank * sum(costs), 1, max_ranks)
     return dict(zip(layers, ranks, strict=True))
 
@@ -546,12 +517,13 @@ def apply_aira(
     rank        the budget is what LoRA of this rank trains: the sum of (in + out) rank
     targets     which linear layers, by parts of their names: "q_proj", "layers.0", "encoder";
                 None: all, but tied weights and, if get_output_embeddings names it, the head
-    exclude     which of them not
+    exclude     layers to leave out
     also_train  modules to train in full, as a new head; names as in targets
-    init        "svd_A": A starts from the weighted SVD, B at zero;  "svd": both do
+    init        "svd_A": A starts from the weighted SVD, B at zero;  "svd": both do, without P.
+                Weight decay would then pull A and B, and so the output, away from the base's
     importance  function (weight, rms) -> theta: outlier_mass or outlier_share
     allocate    greedy_ranks or knapsack_ranks
-    amplify     q, the power of sigma in the gains; 0: all components alike
+    amplify     the power of sigma in the gains; 0: all components alike
 
     Call it in every process, before making the optimizer, torch.compile and DDP.  For bad input it
     raises an error and leaves the model as it was.
@@ -562,12 +534,12 @@ def apply_aira(
     modules = dict(model.named_modules())
     in_full = select(modules, also_train, "also_train")
     layers = find_layers(model, targets, in_full | select(modules, exclude, "exclude"))
-    recorders = record(model, layers, calibrate)
-    activations = measure_layers(layers, recorders, 2 * rank)
-    ranks = assign_ranks(layers, activations, rank, importance, allocate)
+    rms, P = measure(layers, record(model, layers, calibrate), DIRECTIONS * rank)
+    ranks = assign_ranks(layers, rms, rank, importance, allocate)
     adapters = {}
     for name, layer in layers.items():
-        adapters[layer] = start_adapter(layer, activations[name], ranks[name], init, amplify)
+        adapter = start_adapter(layer, rms[name], P[name], ranks[name], init, amplify)
+        adapters[layer] = adapter
 
     model.requires_grad_(False)
     for name in in_full:
@@ -615,6 +587,11 @@ def unwrap(model):
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
+def base_name(name):
+    """The name in the base model, before torch.compile and apply_aira."""
+    return name.replace("_orig_mod.", "").replace(".base_layer.", ".")
+
+
 def aira_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Copies, on the CPU, of the adapters, all else that trains, and buffers such as BatchNorm's
     statistics, under the base model's names: for torch.save and load_aira.
@@ -626,8 +603,7 @@ def aira_state_dict(model: nn.Module) -> dict[str, Tensor]:
     for name, tensor in unwrap(model).state_dict(keep_vars=True).items():
         frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
         if not frozen or ".lora_" in name:
-            name = name.replace("_orig_mod.", "").replace(".base_layer.", ".")
-            state[name] = tensor.detach().cpu().clone()
+            state[base_name(name)] = tensor.detach().cpu().clone()
     return state
 
 
@@ -676,12 +652,12 @@ def save_peft(model: nn.Module, directory: str | Path) -> None:
     model = unwrap(model)
     tensors, ranks = {}, {}
     for name, adapter in find_adapters(model).items():
-        for part, factor in zip(("lora_B", "lora_A"), adapter.factors(), strict=True):
-            key = f"base_model.model.{name}.{part}.weight"
-            tensors[key] = factor.detach().cpu().contiguous()
-        ranks[f"^{re.escape(name)}"] = len(factor)  # "^": PEFT takes names for ends of names
+        name, (B, A) = base_name(name), adapter.factors()
+        tensors[f"base_model.model.{name}.lora_A.weight"] = A.detach().cpu().contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = B.detach().cpu().contiguous()
+        ranks[f"^{re.escape(name)}"] = len(A)  # "^": PEFT takes names for ends of names
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.requires_grad and f"base_model.model.{name}.weight" not in tensors:
+        if parameter.requires_grad and f"base_model.model.{base_name(name)}.weight" not in tensors:
             raise ValueError(f"{name!r} is trained or shared, which PEFT would lose: merge_aira")
     config = {
         "peft_type": "LORA",

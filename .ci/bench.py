@@ -25,9 +25,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import aira as method  # noqa: E402
 import train_toy  # noqa: E402
-from aira import AiraLinear  # noqa: E402
+from aira import AiraLinear, apply_aira, outlier_share, outlier_weighted_svd  # noqa: E402
 from train_toy import RANK, aira, full, lora  # noqa: E402
 
 BASES, SEEDS = 3, 3
@@ -41,24 +40,32 @@ def equal(W, rms):
     return sum(W.shape)
 
 
-def random_start(model, examples):
-    """AIRA, but A starts in random directions."""
-    aira(model, examples)
-    for layer in model.modules():
-        if isinstance(layer, AiraLinear):
-            layer.lora_A.data = F.normalize(torch.randn_like(layer.lora_A))
+def changed(change):
+    """AIRA, but each layer is changed at the start."""
+
+    def put(model, examples):
+        aira(model, examples)
+        for layer in model.modules():
+            if isinstance(layer, AiraLinear):
+                change(layer)
+
+    return put
 
 
-def no_S(model, examples):
-    """AIRA, but S = 1: the SVD is not weighted, and inputs are not whitened."""
-    aira(model, examples)
-    for layer in model.modules():
-        if isinstance(layer, AiraLinear):
-            nothing = layer.projection[:0]
-            _, _, layer.lora_A.data = method.outlier_weighted_svd(
-                layer.base_layer.weight, nothing, nothing[:, 0], len(layer.lora_A)
-            )
-            layer.projection = nothing
+def random_start(layer):
+    """A starts in random directions."""
+    layer.lora_A.data = F.normalize(torch.randn_like(layer.lora_A))
+
+
+def plain_svd(layer):
+    """All channels weigh the same in the SVD."""
+    ones = torch.ones(layer.in_features)
+    _, _, layer.lora_A.data = outlier_weighted_svd(layer.base_layer.weight, ones, len(layer.gains))
+
+
+def no_P(layer):
+    """The adapter reads x itself."""
+    layer.shrink = layer.shrink[:0]
 
 
 class Named(nn.Module):
@@ -94,17 +101,18 @@ def peft(model, examples, scale, start=True, **options):
 
 
 HALF = {"rank": RANK // 2}
-LETTER = {"init": "svd", "importance": method.outlier_share}
+LETTER = {"init": "svd", "importance": outlier_share}
 ROWS = {  # name: function, settings of which the best is taken, a rate in the grid's middle, steps
     "LoRA": (lora, [{}], 0.016, 1),
     "LoRA, tuned scale": (lora, [{"scale": s} for s in (2, 4, 8, 16)], 0.0057, 1),
     "AIRA": (aira, [{}], 0.0113, 1),
     "full fine-tuning": (full, [{}], 0.0028, 1),
-    "AIRA, random start": (random_start, [{}], 0.0113, 1),
+    "AIRA, plain SVD": (changed(plain_svd), [{}], 0.0113, 1),
+    "AIRA, random start": (changed(random_start), [{}], 0.0113, 1),
     "AIRA, equal ranks": (aira, [{"importance": equal}], 0.0113, 1),
     "AIRA, no gains": (aira, [{"amplify": 0}], 0.0113, 1),
-    "AIRA, S = 1": (no_S, [{}], 0.0113, 1),
-    "the abstract's letter": (aira, [LETTER], 0.004, 1),
+    "AIRA, no P": (changed(no_P), [{}], 0.008, 1),
+    "the abstract's letter": (aira, [LETTER], 0.001, 1),
     "LoRA, tuned, half rank": (lora, [{"scale": s, **HALF} for s in (4, 16)], 0.0057, 1),
     "AIRA, half rank": (aira, [HALF], 0.0113, 1),
     "LoRA, tuned, 4 x steps": (lora, [{"scale": s} for s in (4, 16)], 0.004, 4),
@@ -200,7 +208,7 @@ def minilm_lora(encoder, scale):
 
 
 def minilm_aira(encoder, run):
-    method.apply_aira(encoder, run, rank=16, targets=NAMES)
+    apply_aira(encoder, run, rank=16, targets=NAMES)
 
 
 class MiniLM(nn.Module):

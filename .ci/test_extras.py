@@ -239,7 +239,7 @@ def test_peft_adapts_these_layers_and_none_of_like_names(names, tmp_path):
     for rank, name in enumerate(names.split(), 1):
         state[f"{name}.lora_A"] = torch.rand(rank, 6) / 9
         state[f"{name}.lora_B"] = torch.rand(6, rank)
-        state[f"{name}.projection"] = torch.eye(6)[:2] / 2
+        state[f"{name}.shrink"] = torch.eye(6)[:2] / 2
         state[f"{name}.gains"] = torch.rand(rank)
     load_aira(model, state)
     save_peft(model, tmp_path)
@@ -351,7 +351,7 @@ def exact_weight(m):
     change = B * m.gains.double() @ A
     if m.start_A is not None:
         change -= m.start_B.double() @ m.start_A.double()
-    P = m.projection.double()
+    P = m.shrink.double()
     return (W + change @ (torch.eye(m.in_features) - P.T @ P)).detach()
 
 
