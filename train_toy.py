@@ -87,11 +87,11 @@ def full(model, examples):
 
 
 METHODS = {  # name: function, its settings, grid of learning rates
-    "LoRA": (lora, {}, [0.008, 0.016, 0.032]),
-    "LoRA, scale 4": (lora, {"scale": 4}, [0.004, 0.008, 0.016]),
+    "LoRA": (lora, {}, [0.008, 0.016, 0.032, 0.064]),
+    "LoRA, scale 4": (lora, {"scale": 4}, [0.004, 0.008, 0.016, 0.032]),
     "LoRA, scale 16": (lora, {"scale": 16}, [0.002, 0.004, 0.008]),
     "AIRA": (aira, {}, [0.004, 0.008, 0.016, 0.032]),
-    "full fine-tuning": (full, {}, [0.001, 0.002, 0.004]),
+    "full fine-tuning": (full, {}, [0.002, 0.004, 0.008]),
 }
 if SMOKE:
     METHODS = {name: (put, settings, rates[:1]) for name, (put, settings, rates) in METHODS.items()}

@@ -110,6 +110,7 @@ ROWS = {  # name: function, settings of which the best is taken, a rate in the g
     "AIRA, plain SVD": (changed(plain_svd), [{}], 0.0113, 1),
     "AIRA, random start": (changed(random_start), [{}], 0.0113, 1),
     "AIRA, equal ranks": (aira, [{"importance": equal}], 0.0113, 1),
+    "AIRA, share of outliers": (aira, [{"importance": outlier_share}], 0.0113, 1),
     "AIRA, no gains": (aira, [{"amplify": 0}], 0.0113, 1),
     "AIRA, no P": (changed(no_P), [{}], 0.008, 1),
     "the abstract's letter": (aira, [LETTER], 0.001, 1),
@@ -165,11 +166,10 @@ def error(values):
 def compare(pool, task):
     """Print a row for each method."""
     print(f"\n{train_toy.TASKS[task]}: test loss, {BASES} bases x {SEEDS} seeds")
-    print("| method | setting | rate | loss | less than tuned LoRA | +- bases | +- runs |")
+    print("| method | scale | rate | loss | less than tuned LoRA | +- bases | +- runs |")
     print("|---|---|---|---|---|---|---|", flush=True)
-    losses = {}
-    names = sorted(ROWS, key=lambda name: name not in REFERENCE.values())  # references first
-    for name in names:
+    losses = {}  # the references come first
+    for name in sorted(ROWS, key=lambda name: (ROWS[name][3], name != REFERENCE[ROWS[name][3]])):
         setting, rate = search(pool, task, name)
         jobs = []
         for base in range(BASES):
