@@ -14,7 +14,7 @@ activations that enter each layer.  They decide three things:
                      larger for components that carry more of the layer's output, and amplifies
                      their updates.
 
-    y = W x + B diag(g) A (x - P^T P x)      g: the gains,  P: ours, evens out large directions of x
+    y = W x + B diag(g) A (I - P^T P) x         g: the gains,  P: shrinks large directions of x
 
 Use, in any training loop:
 
@@ -40,16 +40,28 @@ half and twice.  Twice the best rate raised a small GPT's loss by .07 and broke 
 Symbols, for one linear layer:
 
     x (in,), X (n, in)      an input, as of one token or patch; a sample of n, scaled to RMS 1 each
-    rms (in,)               the root mean square (RMS) of each input channel
+    rms (in,)               the typical size of each input channel, a root mean square (RMS)
     S (in,)                 rms, bounded below: the weights of the SVD
-    P (k, in)               the k directions along which X is largest, with how much to shrink them
     W (out, in)             the layer's weight, frozen
     U, sigma, V^T           (out, r), (r,), (r, in): the SVD of W diag(S), cut to rank r
+    L, R                    U diag(sigma), V^T diag(S)^-1: the weighted best W ~ L R of rank r
     A (r, in), B (out, r)   the adapter, trained;  A starts at V^T, B at zero
-    g (r,)                  the gains, fixed
+    g (r,)                  the gains of the r components, fixed
+    P (k, in)               the k directions along which X is largest, each as long as it is shrunk
     theta                   the layer's importance when ranks are assigned
 
-DEPARTURES
+Departures.  We know the abstract, the released code and a port; "the paper" is what these agree on.
+
+    start      B starts at zero and not at L, A at V^T and not at R
+    P          is ours; it stands in R's place for diag(S)^-1
+    X          each input is divided by its size, so that no single one decides
+    theta      adds up the outliers' significance; the paper takes their share
+    g          is fixed, and for components; the released code gates output channels by the batch
+
+MEASURED
+apply_aira(model, calibrate, init="svd", importance=outlier_share) undoes start, P and theta, but
+not X and g: it is the closest that this file comes to the letter.
+
 An independent re-implementation, from the abstract, the released code ("Official" below:
 github.com/lliai/LoRA-Zoo, folder aira) and a port by others (github.com/ArkNightmaster/AIRA).
 LoRA: arXiv 2106.09685.  Outliers: OWL, 2310.05175.  Weighted SVD: ASVD, 2312.05821.  A start from
@@ -134,7 +146,8 @@ def normalise(inputs: Tensor) -> tuple[Tensor, Tensor]:
 #     minimise ||(W - L R) diag(S)||  =>  W diag(S) = U diag(sigma) V^T ,
 #                                         L = U diag(sigma) ,  R = V^T diag(S)^-1
 #
-# init="svd" starts the adapter at L and R.  By default it starts with V^T only (section 4).
+# init="svd" starts the adapter at L and R.  By default we take only the directions V^T (section 4),
+# and nothing is approximated.
 #
 # Official: AwLinear (lora_lib.py) decomposes W without weights, and slices V where it means V^T.
 
@@ -291,32 +304,34 @@ def knapsack_ranks(
 #     y = W x + B diag(g) A (I - P^T P) x ,    g_i = SCALE s_i^amplify / mean of s_j^amplify ,
 #                                              s_i = max(sigma_i, FLOOR sigma_1)
 #
-# The start.  A = V^T: the r components of the input that the layer's output has most of.  B = 0:
-# the output is the base's.
+# The start.  B = 0: the output is the base's.  W x is about L R x, so R's rows are what W's output
+# has most of in x.  A = V^T has the directions of R = V^T diag(S)^-1, but rows of length 1; what
+# diag(S)^-1 does, even out the sizes of channels, I - P^T P does here for directions.
 #
-# The gains.  sigma_i is the size of component i in the output, its significance.  The gradients of
-# B's column i and A's row i are multiplied by g_i, so plain gradient descent moves W by g_i^2 along
-# component i.  Adam divides gradients by their size, which would undo a mere scaling of gradients.
-# But g_i is in the forward pass: W moves by g_i.
+# The gains.  sigma_i is the size of component i in the output L R x, its significance.  The
+# gradients of B's column i and A's row i are multiplied by g_i, so plain gradient descent moves the
+# merged weight by g_i^2 along component i.  Adam divides gradients by their size, and a mere scaling
+# of gradients would be undone; but g_i is in the forward pass, and the merged weight moves by g_i.
 #
-# P is ours.  A few directions of x are much larger than the others, and a step of the optimizer
-# would change the output mostly along these.  P holds the k largest directions D_j of X.  With
-# energy_j, the mean over X's rows of (D_j X)^2, and rest, the mean energy of all other directions:
+# P is ours.  Some directions of x are much larger than the others, often many channels together,
+# and a step of the optimizer would change the output mostly along these.  So we divide them by d:
 #
-#     d_j = sqrt((energy_j + DAMPING) / (rest + DAMPING)) ,     P_j = sqrt(1 - 1 / d_j) D_j
+#     D_j    the k orthonormal directions along which X is largest (its right singular vectors)
+#     d_j    sqrt((energy_j + DAMPING) / (rest + DAMPING)), with energy_j the mean of (D_j . x)^2
+#            over X's rows x, and rest the mean energy of all directions that D leaves out
+#     P_j    sqrt(1 - 1 / d_j) D_j, so that I - P^T P divides D_j by d_j and leaves the rest alone
 #
-# Then I - P^T P divides direction j by d_j, up to damping its size over the others'.  (Whitening,
-# as K-FAC's factor of inputs, but fixed.)
+# (This is whitening: K-FAC's factor of inputs, here fixed.)
 #
-# init="svd" is the letter of the abstract: A = R, B diag(g) = L, no P.  The start's own output is
-# subtracted, or the output would jump.
+# init="svd" is the letter: A = R, B diag(g) = L and no P.  The start's own output is subtracted, or
+# the model's would jump.
 #
 # Official: AwLinear multiplies B A x by |W x|, brought to 0 .. 1 over the batch.  This only turns
 # down, makes an output depend on the other inputs of its batch, and is lost on merging.
 
 SCALE = 4.0  # in the place of LoRA's alpha / r; tuned together with the rates on top
 FLOOR = 0.01  # without a gain, a component would never train
-DIRECTIONS = 2  # k / rank: with 4, MiniLM's and a ViT's losses were no better, the file larger
+DIRECTIONS = 2  # k / rank; with 4, MiniLM's and a ViT's losses were no better, the file larger
 DAMPING = 0.1  # the mean energy is 1; without damping, d explodes where rest is nearly 0
 
 
@@ -338,7 +353,7 @@ class AiraLinear(nn.Module):
     gains, shrink        g (r,) and P (k, in), fixed
     start_A, start_B     A0 = A and B0 = B diag(g) at the start, fixed; only for init="svd"
 
-    B A, as large as W, is not formed in training; the official AwLinear does so in each step.
+    forward does not form B A, as large as W; the official AwLinear does so in each step.
     """
 
     def __init__(self, base_layer, lora_A, lora_B, gains, shrink, start_A=None, start_B=None):
@@ -356,8 +371,8 @@ class AiraLinear(nn.Module):
     def factors(self) -> tuple[Tensor, Tensor]:
         """B' (out, r), A' (r, in) with y = base_layer(x) + B' A' x: the adapter as a plain LoRA.
 
-        With init="svd" of rank 2 r, for B A - B0 A0 = [B, B - B0] [A - A0; A0], with g in B.  It is
-        exactly zero at the start.
+        With init="svd" the rank is 2 r.  Writing B for B diag(g), it is the product
+        B A - B0 A0 = [B, B - B0] [A - A0; A0], exactly zero at the start.
         """
         A, B, P = self.lora_A, self.lora_B * self.gains, self.shrink
         if self.start_A is not None:
@@ -388,7 +403,9 @@ class AiraLinear(nn.Module):
 
 def start_adapter(layer, rms, P, rank, init, amplify):
     """The AiraLinear of one layer, at its start."""
-    S = rms.clamp_min(1e-4 * rms.mean() + 1e-12)  # S^-1 exists, for channels of zeros, too
+    S = rms.clamp_min(1e-4 * rms.mean())  # S^-1 must exist for channels of zeros, too
+    if not rms.any():
+        S = torch.ones_like(rms)
     U, sigma, Vt = outlier_weighted_svd(weight_of(layer), S, rank)
     s = (sigma / sigma[0].clamp_min(1e-30)).clamp_min(FLOOR) ** amplify
     gains = SCALE * s / s.mean()
@@ -404,7 +421,7 @@ def start_adapter(layer, rms, P, rank, init, amplify):
 
 
 def select(names, patterns, option):
-    """The names in which a pattern's parts stand: "layers.0" in "layers.0.fc", not "layers.01"."""
+    """The names with a pattern as whole parts: "layers.0" finds "layers.0.fc", not "layers.01"."""
     chosen = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
         found = {name for name in names if f".{pattern}." in f".{name}."}
@@ -496,7 +513,7 @@ def replace(model, new):
     """Put new[module] in the module's place, wherever it occurs."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            inner = getattr(child, "_orig_mod", child)  # a compiled layer takes its wrapper along
+            inner = getattr(child, "_orig_mod", child)  # a compiled layer goes with its wrapper
             parent._modules[name] = new.get(inner, child)
 
 
@@ -515,7 +532,7 @@ def apply_aira(
 ) -> dict[str, int]:
     """Put adapters into the model, in place, and freeze all else -> {layer: rank}.
 
-    calibrate   function that runs the model on a few thousand typical inputs, with little padding
+    calibrate   function that runs the model on a few thousand typical tokens, with little padding
     rank        the budget is what LoRA of this rank trains: the sum of (in + out) rank
     targets     which linear layers, by parts of their names: "q_proj", "layers.0", "encoder";
                 None: all, but tied weights and, if get_output_embeddings names it, the head
@@ -523,8 +540,7 @@ def apply_aira(
     also_train  modules to train in full, as a new head; names as in targets
     init        "svd_A": A starts from the weighted SVD, B at zero;  "svd": both do, without P.
                 Weight decay would then pull A and B, and so the output, away from the base's
-    importance  function (weight, rms) -> theta: outlier_mass or outlier_share
-    allocate    greedy_ranks or knapsack_ranks
+    importance  function (weight, rms) -> theta, and allocate, to ranks: see section 3
     amplify     the power of sigma in the gains; 0: all components alike
 
     Call it in every process, before making the optimizer, torch.compile and DDP.  For bad input it
@@ -540,9 +556,7 @@ def apply_aira(
     ranks = assign_ranks(layers, rms, rank, importance, allocate)
     adapters = {}
     for name, layer in layers.items():
-        adapter = start_adapter(layer, rms[name], P[name], ranks[name], init, amplify)
-        adapters[layer] = adapter
-
+        adapters[layer] = start_adapter(layer, rms[name], P[name], ranks[name], init, amplify)
     model.requires_grad_(False)
     for name in in_full:
         modules[name].requires_grad_(True)

@@ -48,7 +48,7 @@ CONTEXT = 64  # bytes in a window
 CLASSES = 32  # of glyphs
 WINDOWS, IMAGES = 16, 32  # in a batch
 TASKS = {
-    "vit": "ViT, from glyphs of straight strokes to curved ones, in negative",
+    "vit": "ViT, from straight glyphs to curved ones in negative",
     "gpt": "GPT, from Python to C++ (nats a byte)",
 }
 
