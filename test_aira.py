@@ -293,6 +293,7 @@ def test_every_component_trains_in_a_layer_of_zeros_too(init):
     base = nn.Linear(10, 10)
     base.weight.data.zero_()
     layer = one_layer(base, x, rank=3, init=init)
+    assert layer.gains.min() > 0
     optimizer = torch.optim.SGD([layer.lora_A, layer.lora_B], 0.05)
     for _ in range(2):
         of_A, of_B = gradients(layer, x, randn(96, 10))
@@ -602,6 +603,44 @@ def test_a_file_that_does_not_fit_is_named_and_changes_nothing(net, x, words, ke
     for again in (lambda: load_aira(base, state), lambda: adapt(base, x)):
         with pytest.raises(ValueError, match="has adapters"):
             again()
+
+
+# ---- The claim, in seconds; the real one: train_toy.py -----------------------------------------
+
+
+def add_lora(model, rank, scale):
+    for layer in model.requires_grad_(False)[::2]:
+        layer.A = nn.Linear(layer.in_features, rank, bias=False)
+        layer.B = nn.Linear(rank, layer.out_features, bias=False)
+        nn.init.zeros_(layer.B.weight)
+        layer.register_forward_hook(lambda m, x, y: y + scale * m.B(m.A(*x)))
+
+
+def test_aira_ends_below_lora_each_at_its_best_rate_and_lora_at_its_best_scale():
+    """Small nets that know a task learn another; inputs have a mean and a decaying spectrum."""
+    grids = {0: [0.008, 0.016, 0.032], 1: [0.016, 0.032, 0.064]}  # scale: rates; 0 is AIRA
+    grids |= {4: [0.008, 0.016, 0.032], 16: [0.002, 0.004, 0.008]}
+    losses = {}
+    for number in range(3):
+        torch.manual_seed(number)
+        x = randn(512, 32) * torch.logspace(1, -1, 32) + 3 * randn(32)
+        x = F.layer_norm(x, (32,))
+        base, old, new = (
+            nn.Sequential(
+                nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 8)
+            )
+            for _ in range(3)
+        )
+        learn(base, x, old(x).detach(), 200, 0.003)
+        target = (old(x) + new(x)).detach()
+        for scale, rates in grids.items():
+            for rate in rates:
+                model = copy.deepcopy(base)
+                add_lora(model, 4, scale) if scale else adapt(model, x, rank=4)
+                loss = learn(model, x, target, 40, rate)
+                losses.setdefault(scale, {}).setdefault(rate, []).append(loss)
+    best = {scale: min(np.mean(runs) for runs in grid.values()) for scale, grid in losses.items()}
+    assert min(best, key=best.get) == 0
 
 
 # ---- train_toy.py ------------------------------------------------------------------------------

