@@ -424,7 +424,7 @@ def select(names, patterns, option):
     """The names with a pattern as whole parts: "layers.0" finds "layers.0.fc", not "layers.01"."""
     chosen = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
-        found = {name for name in names if f".{pattern}." in f".{name}."}
+        found = {name for name in names if name and f".{pattern}." in f".{name}."}
         if not found:
             raise ValueError(f"{option}: {pattern!r} is no part of a name in {sorted(names)[:99]}")
         chosen |= found
@@ -577,7 +577,9 @@ def find_adapters(model):
 
 
 def remove_aira(model: nn.Module) -> None:
-    """Put the model's own layers back, whose weights never changed; they stay frozen."""
+    """Put the model's own layers back, whose weights never changed.  They stay frozen, and what
+    also_train names keeps its new values.
+    """
     adapters = find_adapters(model).values()
     replace(model, {adapter: adapter.base_layer for adapter in adapters})
 
@@ -615,10 +617,12 @@ def aira_state_dict(model: nn.Module) -> dict[str, Tensor]:
     for adapter in find_adapters(model).values():
         if adapter.lora_A.dim() < 2 or hasattr(adapter.lora_A, "device_mesh"):
             raise ValueError("the adapters are sharded (FSDP, ZeRO): gather the model first")
+        if not adapter.lora_A.requires_grad:
+            raise ValueError("all is frozen, so it is unknown what was trained: save it before")
     state = {}
     for name, tensor in unwrap(model).state_dict(keep_vars=True).items():
         frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
-        if not frozen or ".lora_" in name:
+        if not frozen:
             state[base_name(name)] = tensor.detach().cpu().clone()
     return state
 
@@ -672,9 +676,14 @@ def save_peft(model: nn.Module, directory: str | Path) -> None:
         tensors[f"base_model.model.{name}.lora_A.weight"] = A.detach().cpu().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = B.detach().cpu().contiguous()
         ranks[f"^{re.escape(name)}"] = len(A)  # "^": PEFT takes names for ends of names
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.requires_grad and f"base_model.model.{base_name(name)}.weight" not in tensors:
-            raise ValueError(f"{name!r} is trained or shared, which PEFT would lose: merge_aira")
+    for key, tensor in aira_state_dict(model).items():
+        name, _, part = key.rpartition(".")
+        ours = f"base_model.model.{name}.lora_A.weight" in tensors and part not in (
+            "weight",
+            "bias",
+        )
+        if tensor.is_floating_point() and not ours:
+            raise ValueError(f"PEFT would lose {key!r}, trained, moved or shared: use merge_aira")
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": getattr(model, "name_or_path", None),

@@ -532,6 +532,8 @@ def test_all_that_trains_is_saved_and_loads_on_the_bare_model(net, x):
     assert {"1.up.bias", "0.running_mean", "2.weight", "2.running_var", "3.bias"} < set(state)
     assert not frozen & set(state) and all(t.device.type == "cpu" for t in state.values())
     load_aira(bare, state)
+    with pytest.raises(ValueError, match="frozen.*before"):
+        aira_state_dict(copy.deepcopy(model).requires_grad_(False))
     trained = {key for key, p in bare.named_parameters() if p.requires_grad}
     assert trained == {key for key, p in model.named_parameters() if p.requires_grad}
     assert torch.equal(bare.eval()(x), model.eval()(x))

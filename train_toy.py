@@ -132,9 +132,9 @@ class Transformer(nn.Module):
         self.blocks = nn.Sequential(*(Block(self.causal) for _ in range(LAYERS)))
         self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, 256 if self.causal else CLASSES)
-        nn.init.normal_(self.places.weight, std=0.02)
-        if self.causal:
-            nn.init.normal_(self.embedding.weight, std=0.02)
+        for p in self.parameters():
+            if p is self.places.weight or (self.causal and p.dim() == 2):
+                nn.init.normal_(p, std=0.02)  # as GPT-2; a ViT learns sooner from torch's start
 
     def forward(self, x):
         h = self.embedding(x) + self.places.weight[: x.shape[1]]

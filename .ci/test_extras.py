@@ -248,14 +248,16 @@ def test_peft_adapts_these_layers_and_none_of_like_names(names, tmp_path):
     close(there.merge_and_unload()(x), expected)
 
 
-@pytest.mark.parametrize("trained", ["1.head", "fc.base_layer.bias"])
+@pytest.mark.parametrize("trained", ["1.head", "fc.base_layer.bias", "norm"])
 def test_what_peft_would_lose_is_not_exported(trained, tmp_path):
-    """A module of also_train, or a bias that the user lets train."""
+    """A module of also_train, a bias that the user lets train, BatchNorm's statistics."""
     model, x = alike()
+    if trained == "norm":
+        model.add_module("norm", nn.BatchNorm1d(6))
     apply_aira(model, lambda: model(x), exclude="1.head")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad or name.startswith(trained))
-    with pytest.raises(ValueError, match=f"'{trained}.*merge_aira"):
+    with pytest.raises(ValueError, match=trained.replace(".base_layer", "") + ".*merge_aira"):
         save_peft(model, tmp_path)
     assert not list(tmp_path.iterdir())
 
