@@ -388,7 +388,7 @@ def test_half_precision_and_autocast_follow_float32(dtype, cast, init):
     exact, exact_losses = start_and_tune(LLAMA, full, nullcontext(), init)
     assert (found - exact).abs().sum() <= 2
     close(losses, exact_losses, 0.003)
-    assert losses[-1] < losses[0] - 0.1
+    assert losses[-1] < losses[0] - 0.05
 
     adapters = [m for m in half.modules() if isinstance(m, AiraLinear)]
     exact = [exact_weight(m) for m in adapters]
