@@ -397,7 +397,9 @@ def test_half_precision_and_autocast_follow_float32(dtype, cast, init):
     for m, weight in zip(adapters, exact, strict=True):
         merged, rounding = m.base_layer.weight, (weight.to(dtype) - weight).abs().max()
         assert merged.dtype == dtype
-        assert (merged - weight).abs().max() <= rounding + 1e-7  # only rounded, once
+        assert (
+            merged - weight
+        ).abs().max() <= rounding + 5e-7  # rounded once; float32's own digits
 
 
 def test_under_a_default_dtype_of_half_the_adapters_are_float32():
