@@ -61,7 +61,7 @@ Departures.  We know the abstract, the released code and a port; "the paper" is 
 
 apply_aira(model, calibrate, init="svd", importance=outlier_share) undoes start, P and theta, but
 not X and g: it is the closest that this file comes to the letter.  What each is worth is measured
-by .ci/bench.py; with or without gains, losses were equal there within their errors.
+by .ci/bench.py; gains neither helped nor hurt beyond the errors there (run with DIRECTIONS = 2).
 
 An independent re-implementation, from the abstract, the released code ("Official" below:
 github.com/lliai/LoRA-Zoo, folder aira) and a port by others (github.com/ArkNightmaster/AIRA).

@@ -388,7 +388,7 @@ def test_half_precision_and_autocast_follow_float32(dtype, cast, init):
     exact, exact_losses = start_and_tune(LLAMA, full, nullcontext(), init)
     assert (found - exact).abs().sum() <= 2
     close(losses, exact_losses, 0.003)
-    assert losses[-1] < losses[0] - 0.05
+    assert losses[-1] < losses[0] - (0.05 if init == "svd" else 0.1)
 
     adapters = [m for m in half.modules() if isinstance(m, AiraLinear)]
     exact = [exact_weight(m) for m in adapters]
@@ -397,7 +397,8 @@ def test_half_precision_and_autocast_follow_float32(dtype, cast, init):
     for m, weight in zip(adapters, exact, strict=True):
         merged, rounding = m.base_layer.weight, (weight.to(dtype) - weight).abs().max()
         assert merged.dtype == dtype
-        digits = 4e-7 * weight.abs().max()  # of float32, in which it is computed
+        # float32's own digits; with init="svd" factors, and so weights, are larger
+        digits = 4e-7 * weight.abs().max() if init == "svd" else 1e-7
         assert (merged - weight).abs().max() <= rounding + digits  # only rounded, once
 
 
