@@ -335,7 +335,7 @@ FLOOR = 0.01  # without a gain, a component would never train
 DIRECTIONS = (
     4  # k / rank: with 2, text was learnt less well, images alike; it is what the file pays
 )
-DAMPING = 0.1  # the mean energy is 1; without damping, d explodes where rest is nearly 0
+DAMPING = 0.3  # the mean energy is 1; without damping, d explodes where rest is nearly 0
 
 
 def large_directions(X, k):
