@@ -47,6 +47,7 @@ RANK = 8
 CONTEXT = 64  # bytes in a window
 CLASSES = 32  # of glyphs
 WINDOWS, IMAGES = 16, 32  # in a batch
+HELD_OUT = 512  # windows or images for validation, and as many for the test
 TASKS = {
     "vit": "ViT, from straight glyphs to curved ones in negative",
     "gpt": "GPT, from Python to C++ (nats a byte)",
@@ -88,8 +89,7 @@ def full(model, examples):
 
 METHODS = {  # name: function, its settings, grid of learning rates
     "LoRA": (lora, {}, [0.008, 0.016, 0.032, 0.064]),
-    "LoRA, scale 4": (lora, {"scale": 4}, [0.004, 0.008, 0.016, 0.032]),
-    "LoRA, scale 16": (lora, {"scale": 16}, [0.002, 0.004, 0.008]),
+    "LoRA, scale 8": (lora, {"scale": 8}, [0.004, 0.008, 0.016]),
     "AIRA": (aira, {}, [0.004, 0.008, 0.016, 0.032]),
     "full fine-tuning": (full, {}, [0.002, 0.004, 0.008]),
 }
@@ -156,10 +156,10 @@ def texts(paths):
         content = path.read_bytes()
         for start in range(0, len(content) - CONTEXT, CONTEXT + 1):
             windows[part].append(np.frombuffer(content, np.uint8, CONTEXT + 1, start))
-    if len(windows[2]) < 256:
+    if len(windows[2]) < HELD_OUT:
         sys.exit("too little text: use a Python with its library's sources, torch with its headers")
     parts = []
-    for rows, most in zip(windows, (None, 256, 256), strict=True):
+    for rows, most in zip(windows, (None, HELD_OUT, HELD_OUT), strict=True):
         some = np.random.default_rng(0).permutation(len(rows))[:most]
         text = torch.tensor(np.stack(rows)[some]).long().to(DEVICE)
         parts.append((text[:, :-1], text[:, 1:]))
@@ -172,7 +172,7 @@ def glyphs(size, curved, seed):
     Each image warps and shifts its glyph a little; curved ones are in negative.
     """
     rng = np.random.default_rng(seed)
-    sizes = [size, 512, 512]
+    sizes = [size, HELD_OUT, HELD_OUT]
     n = sum(sizes)
     grid = np.linspace(-1, 1, 32, dtype="f")
     t = np.linspace(0, 1, 24)[:, None]  # 24 points along each stroke
@@ -183,10 +183,10 @@ def glyphs(size, curved, seed):
     warp = np.eye(2) + rng.normal(0, 0.1, (n, 2, 2))
     shift = rng.normal(0, 0.12, (n, 1, 2))
     points = (strokes.reshape(CLASSES, 96, 2)[label] @ warp + shift).astype("f")
-    x = np.exp(-(((points[:, :, :1] - grid) / 0.075) ** 2))
+    x = np.exp(-(((points[:, :, :1] - grid) / 0.075) ** 2))  # a blot around each point
     y = np.exp(-(((points[:, :, 1:] - grid) / 0.075) ** 2))
-    strength = rng.uniform(0.5, 1.5, (n, 1, 1)) * (1 - 2 * curved)
     ink = np.minimum(y.swapaxes(1, 2) @ x, 1)
+    strength = rng.uniform(0.5, 1.5, (n, 1, 1)) * (1 - 2 * curved)
     images = ink * strength + rng.normal(0, 0.5, (n, 32, 32))
     patches = images.reshape(n, 4, 8, 4, 8).swapaxes(2, 3).reshape(n, 16, 64)
     every_x = torch.tensor(patches, device=DEVICE).float().split(sizes)
@@ -246,7 +246,7 @@ def train(model, part, rate, steps, seed, test=None):
         optimizer.step()
         schedule.step()
         seconds.append(time.perf_counter() - start)
-        if test and step * POINTS // steps > (step - 1) * POINTS // steps:
+        if test and step % (steps // POINTS) == 0:
             curve.append(evaluate(model, test))
     return curve, float(np.median(seconds))
 
@@ -290,6 +290,11 @@ def load(task, seed=0):
     return base, loss, data(task, new=True)
 
 
+def base_loss(task):
+    """Pretrain the base, if need be."""
+    return load(task)[1]
+
+
 def prepare(base, name, examples, seed):
     """-> a copy of the base with the method's adapters; the seconds that they took."""
     put, settings, _ = METHODS[name]
@@ -305,18 +310,13 @@ def prepare(base, name, examples, seed):
     return model, seconds
 
 
-def base_loss(task):
-    """Pretrain the base, if need be."""
-    return load(task)[1]
-
-
 def run(job):
-    """Fine-tune once -> the loss on validation data, the curve on test data."""
+    """Fine-tune once -> the loss on validation data, then the curve on test data."""
     task, name, rate, seed = job
     base, _, (training, validation, test) = load(task)
     model, _ = prepare(base, name, training[0][:64], seed)
     curve, _ = train(model, training, rate, STEPS, seed, test)
-    return evaluate(model, validation), curve
+    return [evaluate(model, validation), *curve]
 
 
 def everywhere(function, jobs):
@@ -331,49 +331,56 @@ def everywhere(function, jobs):
     return results
 
 
-class Tuned(NamedTuple):
-    """A method after the search of its rate."""
+def timing(task):
+    """{method: (seconds to set it up, seconds of a step)}, in turn and with nothing beside."""
+    base, _, (training, *_) = load(task)
+    times = {name: [] for name in METHODS}
+    for _ in range(2 if SMOKE else 6):
+        for name in METHODS:
+            model, setup = prepare(base, name, training[0][:64], 0)
+            _, step = train(model, training, 0.001, 10, 0)
+            times[name].append([setup, step])
+    return {name: np.median(times[name][1:], axis=0) for name in METHODS}  # the first warms up
 
-    grid: dict[float, float]  # rate: validation loss, the mean of all seeds
+
+class Result(NamedTuple):
+    """What is found of a method."""
+
+    grid: dict[float, float]  # {rate: validation loss, the mean of all seeds}
     rate: float  # the best
-    curves: np.ndarray  # (seeds, points): test losses at that rate
+    curves: np.ndarray  # (seeds, points), test losses at that rate
+    setup: float  # seconds
+    step: float
 
 
 def experiment(task):
-    """{method: Tuned}"""
+    """{method: Result}"""
     jobs = []
     for name, (_, _, rates) in METHODS.items():
         jobs += [(task, name, rate, seed) for rate in rates for seed in range(SEEDS)]
-    runs = dict(zip(jobs, everywhere(run, jobs), strict=True))
-    tuned = {}
+    losses = dict(zip(jobs, everywhere(run, jobs), strict=True))
+    seconds = timing(task)
+    results = {}
     for name, (_, _, rates) in METHODS.items():
-        grid, curves = {}, {}
-        for rate in rates:
-            losses, curves[rate] = zip(
-                *(runs[task, name, rate, s] for s in range(SEEDS)), strict=True
-            )
-            grid[rate] = float(np.nan_to_num(np.mean(losses), nan=np.inf))
-        best = min(grid, key=grid.get)
-        tuned[name] = Tuned(grid, best, np.array(curves[best]))
-    return tuned
-
-
-def timing(task, repeats=1 if SMOKE else 5):
-    """{method: [seconds to set it up, seconds of a step]}, in turn and with nothing beside."""
-    base, _, (training, *_) = load(task)
-    found = {name: [] for name in METHODS}
-    for _ in range(repeats + 1):
-        for name, times in found.items():
-            model, setup = prepare(base, name, training[0][:64], 0)
-            _, step = train(model, training, 0.001, 10, 0)
-            times.append([setup, step])
-    return {name: np.median(times[1:], axis=0) for name, times in found.items()}  # the first warms
+        runs = [[losses[task, name, rate, seed] for seed in range(SEEDS)] for rate in rates]
+        runs = np.nan_to_num(runs, nan=np.inf)  # (rates, seeds, 1 + points)
+        grid = runs[:, :, 0].mean(axis=1)
+        best = grid.argmin()
+        grid = dict(zip(rates, grid, strict=True))
+        results[name] = Result(grid, rates[best], runs[best, :, 1:], *seconds[name])
+    return results
 
 
 # ---- 6. Report ---------------------------------------------------------------------------------
 
 
-def places():
+def best_lora(results):
+    """The name of the reference: LoRA with the scale that has the lowest validation loss."""
+    names = [name for name in results if name.startswith("LoRA")]
+    return min(names, key=lambda name: min(results[name].grid.values()))
+
+
+def points():
     """The steps at which a curve has its points."""
     return np.linspace(0, STEPS, POINTS + 1)[1:]
 
@@ -383,7 +390,15 @@ def steps_to(goal, curve):
     lowest = np.minimum.accumulate(curve)
     if lowest[-1] > goal:
         return math.inf
-    return float(np.interp(-goal, -lowest, places()))  # interp wants rising values
+    return float(np.interp(-goal, -lowest, points()))  # interp wants rising values
+
+
+def race(method, reference):
+    """-> each seed's steps to the reference's final loss; their time, as a share of its."""
+    goals = reference.curves[:, -1]
+    steps = [steps_to(goal, curve) for goal, curve in zip(goals, method.curves, strict=True)]
+    seconds = method.setup + np.mean(steps) * method.step
+    return steps, seconds / (reference.setup + STEPS * reference.step)
 
 
 def error(values):
@@ -391,102 +406,85 @@ def error(values):
     return np.std(values, ddof=1) / math.sqrt(len(values))
 
 
-def print_grids(tuned):
-    rates = sorted({rate for method in tuned.values() for rate in method.grid})
-    print("validation loss at rate ", *(f"{rate:6.3f}" for rate in rates))
-    for name, method in tuned.items():
-        cells = [f"{method.grid[rate]:6.3f}" if rate in method.grid else 6 * " " for rate in rates]
+def mean_error(values, digits):
+    """The mean and its error, as text."""
+    return f"{np.mean(values):.{digits}f} +-{error(values):.{digits}f}"
+
+
+def print_grids(results):
+    """Validation losses at all rates; * marks the best."""
+    print("validation loss at each rate, * the best")
+    for name, method in results.items():
+        print(f"  {name:18}", end="")
+        for rate, loss in method.grid.items():
+            print(f"{rate:8.3f}: {loss:.3f}{'*' if rate == method.rate else ' '}", end="")
         at_end = method.rate in (min(method.grid), max(method.grid))
-        print(f"  {name:22}", *cells, "  best at the grid's end" if at_end else "")
+        print(" at the end" if at_end else "")
 
 
-def print_chart(lines, goal, width=66, height=13):
-    """Curves {letter: losses} over the steps, as text; dots mark the goal."""
-    x = np.linspace(STEPS / POINTS, STEPS, width)
-    top = lines["L"][1]
-    bottom = min(min(line) for line in lines.values())
-    canvas = np.full((height, width), " ")
-    for letter, line in {".": [goal] * POINTS, **lines}.items():
-        y = np.interp(x, places(), line)
-        rows = np.rint((top - y) / (top - bottom) * (height - 1)).astype(int)
-        seen = (rows >= 0) & (rows < height)
-        canvas[rows[seen], np.arange(width)[seen]] = letter
-    for level, row in zip(np.linspace(top, bottom, height), canvas, strict=True):
-        print(f"{level:8.3f} |{''.join(row)}")
-    print(f"{'step':>8}  {x[0]:<8.0f}{STEPS:>{width - 8}}\n")
+def print_chart(lines, width=70):
+    """{letter: losses} as text: time goes down, from the second point on; lower losses are left."""
+    losses = np.array([*lines.values()])[:, 1:]
+    low, high = losses.min(), losses.max()
+    columns = np.rint((losses - low) / (high - low) * (width - 1)).astype(int)
+    print(f"\n  step  loss {low:<8.3f}{high:>{width - 13}.3f}")
+    for step, places in zip(points()[1:], columns.T, strict=True):
+        row = [" "] * width
+        for letter, place in zip(lines, places, strict=True):
+            row[place] = letter
+        print(f"{step:6.0f}  {''.join(row)}")
 
 
-def best_lora(tuned):
-    """Its name: of the scales that are tried, the one with the lowest validation loss."""
-    losses = {name: tuned[name].grid[tuned[name].rate] for name in tuned if "LoRA" in name}
-    return min(losses, key=losses.get)
+def print_table(results, reference):
+    """A row for each method; set-up and a step are counted in the reference's steps."""
+    print("\n                                        to the best LoRA's final loss")
+    print("method              rate       test loss     steps   time     a step  set-up")
+    for name, method in results.items():
+        steps, share = race(method, reference)
+        reached = "not all seeds"
+        if max(steps) < math.inf:
+            reached = f"{mean_error(steps, 0)} {share:6.0%}"
+        final = mean_error(method.curves[:, -1], 3)
+        step, setup = method.step / reference.step, method.setup / reference.step
+        print(f"{name:16} {method.rate:7.3f} {final:>15} {reached:>14} {step:9.2f} {setup:7.1f}")
 
 
-def speed(method, reference, times, reference_times):
-    """Steps to the reference's final loss of the same seed; their time, as a share of its."""
-    goals = reference.curves[:, -1]
-    to = [steps_to(goal, curve) for goal, curve in zip(goals, method.curves, strict=True)]
-    setup, step = times
-    reference_setup, reference_step = reference_times
-    return to, (setup + np.mean(to) * step) / (reference_setup + STEPS * reference_step)
-
-
-def print_table(tuned, seconds, reference):
-    """A row for each method; set-up is counted in the reference's steps."""
-    _, step = seconds[reference]
-    print(f"{'':37}to the final loss of {reference}")
-    print("method             rate          test loss      steps   time   a step  set-up")
-    for name, method in tuned.items():
-        final = method.curves[:, -1]
-        to, share = speed(method, tuned[reference], seconds[name], seconds[reference])
-        reached = f"{np.mean(to):.0f} +-{error(to):.0f} {share:6.0%}"
-        if math.inf in to:
-            reached = "not all seeds"
-        print(
-            f"{name:16} {method.rate:6.3f} {np.mean(final):10.3f} +-{error(final):.3f} "
-            f"{reached:>16} {seconds[name][1] / step:8.2f} {seconds[name][0] / step:7.1f}"
-        )
-
-
-def verdict(tuned, seconds, reference):
-    """What came out, of AIRA against the best LoRA."""
-    less = tuned[reference].curves[:, -1] - tuned["AIRA"].curves[:, -1]
-    margin = f"{np.mean(less):.3f} +-{error(less):.3f}"
-    if np.mean(less) < 2 * error(less):
-        return f"AIRA does not end clearly lower than {reference}: by {margin}."
-    to, share = speed(tuned["AIRA"], tuned[reference], seconds["AIRA"], seconds[reference])
-    steps = f"{np.mean(to):.0f} +-{error(to):.0f} of {STEPS} steps"
-    return (
-        f"AIRA reached the final loss of {reference}, the best LoRA, after {steps},\n"
-        f"in {share:.0%} of its time, and ended {margin} lower."
-    )
-
-
-def report(tuned, seconds):
+def report(results):
     """All that is printed of one model."""
-    reference = best_lora(tuned)
-    lines = {"L": reference, "A": "AIRA", "f": "full fine-tuning"}
-    print_grids(tuned)
-    print("\n" + ", ".join(f"{letter}  {name}" for letter, name in lines.items()))
-    curves = {letter: tuned[name].curves.mean(axis=0) for letter, name in lines.items()}
-    print_chart(curves, curves["L"][-1])
-    print_table(tuned, seconds, reference)
-    print("\n" + ("This compares nothing." if SMOKE else verdict(tuned, seconds, reference)))
+    name = best_lora(results)
+    lora, aira = results[name], results["AIRA"]
+    lines = {"f": results["full fine-tuning"], "L": lora, "A": aira}
+    print_grids(results)
+    print(f"\nf: full fine-tuning, L: {name}, A: AIRA")
+    print_chart({letter: method.curves.mean(axis=0) for letter, method in lines.items()})
+    print_table(results, lora)
+
+    less = lora.curves[:, -1] - aira.curves[:, -1]
+    steps, share = race(aira, lora)
+    if SMOKE:
+        print("\nThis was a smoke run: it compares nothing.")
+    elif max(steps) == math.inf or np.mean(less) < 2 * error(less):
+        print(f"\nAIRA does not end clearly lower than {name}: by {mean_error(less, 3)}.")
+    else:
+        print(f"\nAIRA reached the final loss of {name}, the best LoRA, after")
+        print(f"{mean_error(steps, 0)} of {STEPS} steps, in {share:.0%} of its time,", end=" ")
+        print(f"and ended {mean_error(less, 3)} lower.")
 
 
 def plot(file, found):
     """For each model: test losses over the steps, and validation losses over rates."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(len(found), 2, figsize=(10, 4 * len(found)), squeeze=False)
-    for (left, right), (task, tuned) in zip(axes, found.items(), strict=True):
-        for name in (best_lora(tuned), "AIRA", "full fine-tuning"):
-            grid, _, curves = tuned[name]
-            (line,) = left.plot(places(), curves.mean(axis=0), label=name)
-            left.fill_between(places(), curves.min(axis=0), curves.max(axis=0), alpha=0.25)
-            right.plot(list(grid), list(grid.values()), "o-", color=line.get_color())
+    figure, axes = pyplot.subplots(len(found), 2, figsize=(10, 4 * len(found)))
+    for (left, right), (task, results) in zip(axes, found.items(), strict=True):
+        for name in (best_lora(results), "AIRA", "full fine-tuning"):
+            grid, _, curves, *_ = results[name]
+            left.plot(points(), curves.mean(axis=0), label=name)
+            left.fill_between(points(), curves.min(axis=0), curves.max(axis=0), alpha=0.25)
+            right.semilogx(*zip(*grid.items(), strict=True), "o-", base=2)
         left.set(title=TASKS[task], xlabel="step", ylabel="test loss (bands: all seeds)")
-        right.set(xscale="log", xlabel="learning rate", ylabel="final validation loss")
+        right.set(xlabel="learning rate", ylabel="final validation loss")
+        right.xaxis.set_major_formatter("{x:.3f}")
         left.legend()
     figure.tight_layout()
     figure.savefig(file)
@@ -506,7 +504,7 @@ def main():
     for task, loss in zip(TASKS, losses, strict=True):
         found[task] = experiment(task)
         print(f"\n{TASKS[task]}.\nOn its old task the base has a test loss of {loss:.3f}.\n")
-        report(found[task], timing(task))
+        report(found[task])
         print(f"{time.monotonic() - start:.0f} seconds so far")
     if options.plot:
         plot(options.plot, found)

@@ -121,7 +121,7 @@ ROWS = {  # name: function, settings of which the best is taken, a rate in the g
     "DoRA (PEFT)": (peft, [{"scale": s, "use_dora": True} for s in (2, 8)], 0.008, 1),
     "PiSSA (PEFT)": (peft, [{"scale": s, "start": "pissa"} for s in (1, 4)], 0.002, 1),
     "EVA (PEFT)": (peft, [{"scale": s, "start": "eva"} for s in (1, 4)], 0.008, 1),
-    "LoRA, tuned, 4 x steps": (lora, [{"scale": s} for s in (2, 8)], 0.0057, 4),
+    "LoRA, tuned, 4 x steps": (lora, [{"scale": 8}], 0.0057, 4),
     "AIRA, 4 x steps": (aira, [{}], 0.0057, 4),
 }
 REFERENCE = {4: "LoRA, tuned, 4 x steps", 1: "LoRA, tuned scale"}
