@@ -44,31 +44,8 @@ def seed():
 # ---- Models ------------------------------------------------------------------------------------
 
 
-class Denoiser(nn.Module):
-    """Image generation: a transformer, with one layer for q, k and v, predicts the noise."""
-
-    def __init__(self):
-        super().__init__()
-        self.patch = nn.Linear(192, 32)
-        self.time = nn.Linear(1, 32)
-        self.qkv = nn.Linear(32, 96)
-        self.mix = nn.Linear(32, 32)
-        self.final = nn.Linear(32, 192)
-
-    def forward(self, noisy, level, noise):
-        patches = F.pixel_unshuffle(noisy, 8).flatten(2).mT  # (image, patch, channel)
-        x = self.patch(patches) + self.time(level)[:, None]
-        qkv = self.qkv(F.layer_norm(x, [32])).unflatten(2, (3, 2, 16))
-        heads = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))
-        x = x + self.mix(heads.transpose(1, 2).flatten(2))
-        x = self.final(x)
-        return {"logits": x, "loss": F.mse_loss(x, F.pixel_unshuffle(noise, 8).flatten(2).mT)}
-
-
 RANDOM = torch.Generator().manual_seed(0)
-PIXELS, NOISE = torch.randn(2, 8, 3, 16, 16, generator=RANDOM)
-LEVEL = torch.arange(1, 9.0)[:, None] / 9
-NOISY = torch.lerp(PIXELS, NOISE, LEVEL[:, :, None, None])
+PIXELS = torch.randn(8, 3, 16, 16, generator=RANDOM)
 CLASSES = torch.tensor([0, 1] * 4)
 IDS = torch.randint(0, 60, (8, 12), generator=RANDOM)
 SEEN = torch.cat([torch.full((8, 4), 63), IDS], 1)  # for Llava: 4 places for an image's patches
@@ -105,9 +82,8 @@ MODELS = {  # class: arguments of its config, a batch, what to adapt
         dict(input_ids=SEEN, labels=SEEN, pixel_values=PIXELS),
         {},
     ),
-    "Denoiser": ({}, dict(noisy=NOISY, level=LEVEL, noise=NOISE), dict(also_train="final")),
 }
-CASES = [*itertools.product(MODELS, ["svd_A"]), (GPT, "svd"), (VIT, "svd"), ("Denoiser", "svd")]
+CASES = [*itertools.product(MODELS, ["svd_A"]), (GPT, "svd"), (VIT, "svd")]
 every_model = pytest.mark.parametrize("name, init", CASES)
 
 
@@ -115,16 +91,14 @@ def build(name):
     """-> a small random model, without dropout; a batch; what to adapt and to train besides."""
     arguments, batch, what = MODELS[name]
     torch.manual_seed(0)
-    if name == "Denoiser":
-        return Denoiser(), batch, what
     Model = getattr(pytest.importorskip("transformers"), name)
     return Model(Model.config_class(**arguments)).eval(), batch, what
 
 
-def tune(model, batch, steps=4):
+def tune(model, batch, steps=4, rate=0.01):
     """Train with AdamW -> the loss at each step."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.01)
+    optimizer = torch.optim.AdamW(trained, lr=rate)
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
@@ -373,7 +347,8 @@ def start_and_tune(name, model, context, init):
         apply_aira(model, lambda: model(**batch), **what, rank=3, init=init)
     same(answer(model, batch), before)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    return torch.tensor([*ranks(model).values()]), tune(model, batch, steps=12)
+    rate = 0.0025 if init == "svd" else 0.01  # the best rates differ as much in .ci/bench.py
+    return torch.tensor([*ranks(model).values()]), tune(model, batch, 12, rate)
 
 
 @every_init
@@ -404,10 +379,10 @@ def test_half_precision_and_autocast_follow_float32(dtype, cast, init):
 
 def test_under_a_default_dtype_of_half_the_adapters_are_float32():
     """Some load models under it; small steps would be rounded away."""
-    model = build("Denoiser")[0]
+    model = build(VIT)[0]
     torch.set_default_dtype(torch.bfloat16)
     try:
-        losses = start_and_tune("Denoiser", model, nullcontext(), "svd_A")[1]
+        losses = start_and_tune(VIT, model, nullcontext(), "svd_A")[1]
     finally:
         torch.set_default_dtype(torch.float32)
     assert losses[-1] < losses[0]
@@ -431,7 +406,7 @@ def work(process, folder):
     torch.distributed.init_process_group("gloo", store, rank=process, world_size=2)
     found = []
     for init in ("svd_A", "svd"):
-        model, whole, what = build("Denoiser")
+        model, whole, what = build(VIT)
         batch = {key: tensor.chunk(2)[process] for key, tensor in whole.items()}
         torch.manual_seed(process)
         report = apply_aira(model, lambda: model(**batch), rank=3, init=init, **what)  # noqa: B023
@@ -454,7 +429,7 @@ def test_two_processes_with_different_data_have_one_adapter(tmp_path):
         same(end, other[3])
         assert losses != other[2]  # the data were different
         assert losses[-1] < losses[0] and other[2][-1] < other[2][0]
-        fresh, batch, _ = build("Denoiser")
+        fresh, batch, _ = build(VIT)
         load_aira(fresh, end)
         assert len(set(ranks(fresh).values())) > 1
         same(answer(fresh, batch), logits)
@@ -463,31 +438,30 @@ def test_two_processes_with_different_data_have_one_adapter(tmp_path):
 # ---- train_toy.py ------------------------------------------------------------------------------
 
 
+def with_loss(forward, x):
+    logits = forward(x)
+    return {"loss": F.cross_entropy(logits.flatten(0, 1), x.roll(-1, 1).flatten())}
+
+
 @pytest.mark.parametrize("scale", [1, 16])
 def test_the_baseline_is_pefts_lora_step_for_step(scale):
     """The same start, data and optimizer: the same losses."""
     peft = pytest.importorskip("peft")
-    torch.manual_seed(0)
     ours = train_toy.Transformer("gpt")
-    theirs = copy.deepcopy(ours)
-    x = torch.randint(256, (16, 64))
-    train_toy.lora(ours, x, scale)
+    theirs = copy.deepcopy(ours).requires_grad_(False)
+    train_toy.lora(ours, None, scale)
+    rank = train_toy.RANK
     names = ["qkv", "proj", "up", "down"]
-    alpha = scale * train_toy.RANK
-    config = peft.LoraConfig(r=train_toy.RANK, lora_alpha=alpha, target_modules=names)
-    peft.inject_adapter_in_model(config, theirs.requires_grad_(False))
-    for mine, layer in zip(
-        train_toy.adapted_layers(ours), train_toy.adapted_layers(theirs), strict=True
-    ):
-        layer.lora_A.default.weight.data.copy_(mine.lora_A)
-    losses = [[], []]
-    for model, found in zip((ours, theirs), losses, strict=True):
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.01)
-        for _ in range(8):
-            optimizer.zero_grad()
-            loss = train_toy.loss_of(model, x, x.roll(-1, 1))
-            loss.backward()
-            optimizer.step()
-            found.append(loss.item())
+    config = peft.LoraConfig(r=rank, lora_alpha=scale * rank, target_modules=names)
+    peft.inject_adapter_in_model(config, theirs)
+    layers = train_toy.adapted_layers(ours), train_toy.adapted_layers(theirs)
+    for mine, its in zip(*layers, strict=True):
+        its.lora_A.default.weight.data.copy_(mine.lora_A)
+
+    x = torch.randint(256, (16, 64))
+    losses = []
+    for model in (ours, theirs):
+        model.forward = functools.partial(with_loss, model.forward, x)
+        losses.append(tune(model, {}, steps=8))
     assert losses[0][-1] < losses[0][0]
-    close(losses[0], losses[1])
+    close(*losses)
