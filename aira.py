@@ -8,13 +8,15 @@ LoRA fine-tunes a linear layer y = W x without changing W.  It trains two thin m
 and gives every layer the same rank r.  AIRA first runs the model on a few batches and measures the
 activations that enter each layer.  They decide three things:
 
-    1. the start     A comes from an SVD of W in which large input channels weigh more;
-    2. the ranks     layers where large weights meet large activations get more of LoRA's budget;
-    3. the updates   each of the r components, a column of B with its row of A, has a gain.  It is
-                     larger for components that carry more of the layer's output, and amplifies
-                     their updates.
+    1. the start     A comes from an SVD of W in which an error counts more where the input is large
+    2. the ranks     layers where large weights meet large activations get more of LoRA's budget
+    3. the updates   component i, a row of A and a column of B, is multiplied by a fixed gain g_i.
+                     It is larger for components that carry more of the layer's output, so these
+                     are moved further
 
-    y = W x + B diag(g) A (I - P^T P) x         g: the gains,  P: shrinks large directions of x
+A fourth thing is ours, not the paper's: the adapter reads x with its largest directions shrunk.
+
+    y = W x + B diag(g) A (I - P^T P) x         g (r,): the gains,  P (k, in): what is shrunk
 
 Use, in any training loop:
 
@@ -22,10 +24,10 @@ Use, in any training loop:
     from torch import nn
     from aira import aira_state_dict, apply_aira
 
-    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))  # stands for yours
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))  # your model here
     x, y = torch.randn(256, 64), torch.randn(256, 8)
 
-    print(apply_aira(model, lambda: model(x), rank=4))  # changes it in place -> {layer: rank}
+    print(apply_aira(model, lambda: model(x), rank=4))  # changes model in place -> {layer: rank}
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=8e-3)
     for step in range(100):
@@ -34,39 +36,39 @@ Use, in any training loop:
         optimizer.step()
     torch.save(aira_state_dict(model), "adapter.pt")
 
-Learning rate (AdamW, warm-up, cosine): start from 1e-3 for a pretrained model, 8e-3 for a toy, and
-try half and twice.  In `python train_toy.py`, half the best one cost the GPT .03 and the ViT .05;
-twice cost the GPT .06 and broke the ViT's runs.
+Learning rate: start from 1e-3 for a pretrained model, 8e-3 for a toy, and try half and twice.  We
+tune with AdamW, warm-up and a cosine; @@RATES
 
 Symbols, for one linear layer:
 
-    x (in,), X (n, in)      an input, as of one token or patch; a sample of n, scaled to RMS 1 each
-    rms (in,)               the typical size of each input channel, a root mean square (RMS)
-    S (in,)                 rms, bounded below: the weights of the SVD
+    x (in,)                 an input of the layer, as of one token or patch
+    X (n, in)               a sample of inputs, each divided by its own root mean square (RMS)
+    rms (in,)               the typical size of each input channel
+    S (in,)                 rms, bounded below: how much each channel counts in the SVD
     W (out, in)             the layer's weight, frozen
     U, sigma, V^T           (out, r), (r,), (r, in): the SVD of W diag(S), cut to rank r
-    L, R                    U diag(sigma), V^T diag(S)^-1: the weighted best W ~ L R of rank r
+    L, R                    U diag(sigma), V^T diag(S)^-1: L R is W at rank r, weighted by S
     A (r, in), B (out, r)   the adapter, trained;  A starts at V^T, B at zero
     g (r,)                  the gains of the r components, fixed
-    P (k, in)               the k directions along which X is largest, each as long as it is shrunk
-    theta                   the layer's importance when ranks are assigned
+    P (k, in)               the k directions in which X is largest, scaled; fixed (section 4)
+    theta                   the layer's importance when ranks are assigned (section 3)
 
-Departures.  We know the abstract, the released code and a port; "the paper" is what these agree on.
+Departures.  We know the abstract, the released code, and a port that others wrote with the paper at
+hand; what the abstract leaves open, "the letter" takes from the port.
 
     start      B starts at zero and not at L, A at V^T and not at R
-    P          is ours; it stands in R's place for diag(S)^-1
-    X          each input is divided by its size, so that no single one decides
-    theta      adds up the outliers' significance; the paper takes their share
-    g          is fixed, and for components; the released code gates output channels by the batch
+    P          is ours; in the letter, diag(S)^-1 stands there, inside R
+    X          each input is divided by its size, so that one huge token does not decide the means
+    theta      adds up the outliers' significance; the letter takes the outliers' share
+    g          is constant, and per component; the released code gates output channels by the batch
 
-apply_aira(model, calibrate, init="svd", importance=outlier_share) undoes start, P and theta, but
-not X and g: it is the closest that this file comes to the letter.  What each is worth is measured
-by .ci/bench.py; gains neither helped nor hurt beyond the errors there (run with DIRECTIONS = 2).
+apply_aira(model, calibrate, init="svd", importance=outlier_share) reverts start, P and theta, but
+not X and g: it is the closest that this file comes to the letter.  @@WORTH
 
 An independent re-implementation, from the abstract, the released code ("Official" below:
 github.com/lliai/LoRA-Zoo, folder aira) and a port by others (github.com/ArkNightmaster/AIRA).
 LoRA: arXiv 2106.09685.  Outliers: OWL, 2310.05175.  Weighted SVD: ASVD, 2312.05821.  A start from
-an SVD: PiSSA, 2404.02948.  P: K-FAC's factor of inputs, 1503.05671.
+an SVD: PiSSA, 2404.02948.  Whitened inputs: K-FAC, 1503.05671.
 """
 
 import json
@@ -92,34 +94,35 @@ Names = str | Iterable[str] | None
 #
 # While the user's batches run, a hook keeps a uniform sample of each layer's inputs; all that
 # follows is computed from W and this sample.  Some inputs are hundreds of times larger than others
-# (a text's first token often is).  Lest one input decides every mean, each is divided by its own
-# size:
+# (a text's first token often is).  To keep one of them from deciding every mean, each input is
+# divided by its own size:
 #
 #     X = inputs / size ,     size = sqrt(mean over channels of input_j^2)
 #     rms_j = sqrt(mean over X's rows of X_j^2) * geometric mean of the sizes
 #
-# The last factor makes rms large again where a layer's inputs are; section 3 compares layers.
+# So outlier channels count, and outlier tokens do not.  The last factor restores the scale of the
+# layer's inputs, which section 3 needs to compare layers.
 #
 # Official: lora.py runs one batch, and keeps the first index of each output's first dimension.
 
-SAMPLE = 1024  # inputs kept of each layer; of a width of 4,096 they take 16 MB in float32
+SAMPLE = 1024  # inputs kept per layer; 16 MB in float32 for a width of 4,096
 
 
 class Recorder:
     """A forward hook that keeps a uniform sample of a layer's inputs: it draws a random key for
-    each, and the SAMPLE largest keys stay.
+    each input, and the inputs with the SAMPLE largest keys stay.
     """
 
     def __init__(self, weight):
         self.inputs = weight.new_empty(0, weight.shape[1])
         self.keys = np.empty(0)
-        self.random = np.random.default_rng(0)  # of its own, so that the caller's seed stays
+        self.random = np.random.default_rng(0)  # its own: the caller's random state is untouched
 
     def __call__(self, layer, args, kwargs, output):
         x = (*args, *kwargs.values())[0].detach()  # passed by position or by name
         x = x.reshape(-1, x.shape[-1])
         keys = self.random.random(len(x))
-        new = keys.argsort()[-SAMPLE:]  # more of x cannot stay
+        new = keys.argsort()[-SAMPLE:]  # no more of x can stay
         keys = np.append(self.keys, keys[new])
         kept = keys.argsort()[-SAMPLE:]
         self.inputs = torch.cat([self.inputs, x[new]])[kept]
@@ -127,7 +130,7 @@ class Recorder:
 
 
 def normalise(inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """inputs (n, in) -> X, the same at RMS 1 without zeros; rms (in,), zero if there are none."""
+    """inputs (n, in) -> X, its rows but those of zeros at RMS 1; rms (in,), zero without rows."""
     inputs = inputs[inputs.any(dim=1)].float()
     if len(inputs) == 0:
         return inputs, inputs.new_zeros(inputs.shape[1])
@@ -141,32 +144,33 @@ def normalise(inputs: Tensor) -> tuple[Tensor, Tensor]:
 # initialization".
 #
 # A plain SVD finds the best L R for W as if all input channels were equally large.  Weighted with
-# S = rms, an error of L R counts as much as it shows in the layer's output (if channels are
-# uncorrelated).  An SVD is still the optimum, by Eckart and Young's theorem:
+# S = rms, an error of L R counts by its effect on the layer's output (if channels are
+# uncorrelated).  There is no threshold: an outlier channel has a large rms.  An SVD is still the
+# optimum, by Eckart and Young's theorem:
 #
 #     minimise ||(W - L R) diag(S)||  =>  W diag(S) = U diag(sigma) V^T ,
 #                                         L = U diag(sigma) ,  R = V^T diag(S)^-1
 #
-# init="svd" starts the adapter at L and R.  By default we take only the directions V^T (section 4),
-# and nothing is approximated.
+# init="svd" starts the adapter at L and R.  The default takes only the directions V^T, because a
+# start at L and R trains much worse (@@LETTER); then nothing is approximated.
 #
 # Official: AwLinear (lora_lib.py) decomposes W without weights, and slices V where it means V^T.
 
 
-def full_precision(tensor):
-    """A context in which an autocast of the user's does not round matrix products."""
+def no_autocast(tensor):
+    """A context in which the user's autocast does not round matrix products."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 
 def top_svd(matrix, k):
     """matrix (m, n) -> U (m, k), sigma (k,), V^T (k, n) of its k largest singular values.
 
-    A randomised SVD, many times faster than the whole one.  It works on a few columns more than k
-    and iterates, to come close to the optimum; more of either gave the same losses.
+    A randomised SVD, many times faster than the whole one.  Eight columns more than k and two
+    iterations bring it close to the optimum; one iteration gave the same losses.
     """
     columns = min(k + 8, *matrix.shape)
-    with torch.random.fork_rng(range(torch.cuda.device_count())), full_precision(matrix):
-        torch.manual_seed(0)  # the same in every run and process; the caller's seed stays
+    with torch.random.fork_rng(range(torch.cuda.device_count())), no_autocast(matrix):
+        torch.manual_seed(0)  # the same in every run and process
         U, sigma, V = torch.svd_lowrank(matrix, columns, niter=2)
     return U[:, :k], sigma[:k], V[:, :k].T.contiguous()
 
@@ -177,7 +181,7 @@ def is_conv1d(module):
 
 
 def is_linear(module):
-    """Subclasses are not: out_proj of nn.MultiheadAttention is one, and it is never called."""
+    """No subclass: out_proj of nn.MultiheadAttention is one, and its forward is never called."""
     return type(module) is nn.Linear or is_conv1d(module)
 
 
@@ -198,21 +202,22 @@ def outlier_weighted_svd(weight: Tensor, S: Tensor, rank: int) -> tuple[Tensor, 
 # ---- 3. Ranks ----------------------------------------------------------------------------------
 # Abstract: "Outlier-driven dynamic rank assignment using offline optimization".
 #
-# An output adds up terms W_ij x_j, of typical size |W_ij| rms_j: the significance of a weight, as
-# OWL defines it.  An outlier is a weight of more than twice its layer's mean significance, and the
-# layer's importance theta is the sum of its outliers' significance.
+# An output is a sum of terms W_ij x_j, of typical size |W_ij| rms_j: the significance of a weight,
+# as OWL defines it.  An outlier is a weight of more than twice its layer's mean significance (one
+# in nine, if weights are normal and channels alike), and the layer's importance theta is the sum of
+# its outliers' significance.
 #
-# One more rank costs the layer in + out parameters, and should bring less than the one before, so
-# we take a logarithm, as the official code does:
+# One more rank costs the layer in + out parameters.  We assume that it brings less than the one
+# before, as log r does, which the official code takes, too:
 #
 #     maximise  sum over layers of theta log r     subject to    sum of (in + out) r <= budget ,
 #                                                                min_rank <= r <= max_rank
 #
-# apply_aira's budget is what LoRA trains at one rank for all; r is 1 to twice that rank, so that no
-# layer takes all.
+# apply_aira's budget is what LoRA trains at one rank for all layers; r is 1 to twice that rank, so
+# that no layer takes all.
 #
-# Official: lora.py solves the same in real numbers (SciPy) and cuts these to whole ones, which
-# leaves a part of the budget unspent.  Its theta is the mean size of a layer's output.
+# Official: lora.py solves the same in real numbers (SciPy) and rounds them down, which leaves
+# a part of the budget unspent.  Its theta is the mean size of a layer's output.
 
 
 def outliers(weight, rms):
@@ -228,13 +233,13 @@ def outlier_mass(weight: Tensor, rms: Tensor) -> float:
 
 
 def outlier_share(weight: Tensor, rms: Tensor) -> float:
-    """OWL's and the paper's theta: the share of outliers among the weights, 0 to 1."""
+    """OWL's and the letter's theta: the share of outliers among the weights, 0 to 1."""
     _, outlier = outliers(weight, rms)
     return float(outlier.float().mean())
 
 
-def least_ranks(importance, costs, budget, min_rank, max_ranks):
-    """Check the arguments -> each layer's least rank, and what these leave of the budget."""
+def first_ranks(importance, costs, budget, min_rank, max_ranks):
+    """Check the arguments -> each layer's rank to begin with, and the budget that is left."""
     if not (np.isfinite(importance).all() and min(importance) >= 0):
         raise ValueError(f"{importance=} must be numbers of 0 or more")
     ranks = [min(min_rank, most) for most in max_ranks]
@@ -253,7 +258,7 @@ def greedy_ranks(
     layer, and so has the result; budget is in parameters.  Optimal where all costs are equal.
     ValueError if the budget does not pay for min_rank, or an importance is negative or NaN.
     """
-    ranks, left = least_ranks(importance, costs, budget, min_rank, max_ranks)
+    ranks, left = first_ranks(importance, costs, budget, min_rank, max_ranks)
 
     def benefit(layer):
         return importance[layer] * math.log((ranks[layer] + 1) / ranks[layer]) / costs[layer]
@@ -272,25 +277,25 @@ def greedy_ranks(
 def knapsack_ranks(
     importance: list[float], costs: list[int], budget: int, min_rank: int, max_ranks: list[int]
 ) -> list[int]:
-    """The exact optimum, by dynamic programming; arguments and result as of greedy_ranks.
+    """The exact optimum, by dynamic programming; arguments and result as in greedy_ranks.
 
     It counts the budget in coins of the costs' greatest common divisor.  best[b] is the most that
-    b coins can gain from the units of rank offered so far; memory is a byte for each coin and unit.
+    b coins can gain from the units of rank offered so far; it takes coins x units bytes.
     """
-    ranks, left = least_ranks(importance, costs, budget, min_rank, max_ranks)
+    ranks, left = first_ranks(importance, costs, budget, min_rank, max_ranks)
     coin = math.gcd(*costs)
     best = np.zeros(left // coin + 1)
     offers = []
     for layer, least in enumerate(ranks):
         price = costs[layer] // coin
         for rank in range(least, max_ranks[layer]):
-            bought = np.full_like(best, -np.inf)  # what b coins gain if they buy this unit, too
+            bought = np.full_like(best, -np.inf)  # the best with this unit
             bought[price:] = best[:-price] + importance[layer] * math.log((rank + 1) / rank)
             offers.append((layer, price, bought >= best))
             best = np.maximum(best, bought)
 
     # Walk back: which units did the best plan buy?  Counting them is enough, because a plan buys
-    # no unit of a layer without the earlier ones, which gain more at the same price.
+    # no unit of a layer without the earlier ones, which gain as much or more at the same price.
     coins = len(best) - 1
     for layer, price, worth in reversed(offers):
         if worth[coins]:
@@ -305,46 +310,46 @@ def knapsack_ranks(
 #     y = W x + B diag(g) A (I - P^T P) x ,    g_i = SCALE s_i^amplify / mean of s_j^amplify ,
 #                                              s_i = max(sigma_i, FLOOR sigma_1)
 #
-# The start.  B = 0: the output is the base's.  W x is about L R x, so R's rows are what W's output
-# has most of in x.  A = V^T has the directions of R = V^T diag(S)^-1, but rows of length 1; what
-# diag(S)^-1 does, even out the sizes of channels, I - P^T P does here for directions.
+# The start.  B = 0, so the output is the base's.  R = V^T diag(S)^-1 does two things: it evens out
+# the input's channels, and then reads the directions that W's output is made of.  We keep the two
+# apart.  A = V^T, and is trained; I - P^T P, in the place of diag(S)^-1, is fixed and evens out
+# directions.
 #
-# The gains.  sigma_i is the size of component i in the output L R x, its significance.  The
-# gradients of B's column i and A's row i are multiplied by g_i, so plain gradient descent moves the
-# merged weight by g_i^2 along component i.  Adam divides gradients by their size, which would undo
-# scaled gradients; but g_i is in the forward pass, too, and the merged weight moves by g_i.
+# The gains.  sigma_i is the size of component i in the output L R x.  The gradients of B's column i
+# and A's row i are multiplied by g_i, so plain gradient descent moves the merged weight g_i^2 times
+# as far along component i.  Adam divides gradients by their size, and would undo a gain that was in
+# the gradient only; but g_i is in the forward pass, too, and still moves the merged weight g_i
+# times as far.
 #
-# P is ours.  Some directions of x are much larger than the others, often many channels together,
-# and a step of the optimizer would change the output mostly along these.  So we divide them by d:
+# P.  In some directions x is much larger than in others, often in many channels together, and a
+# step of the optimizer would change the adapter's answer mostly to these.  So we divide them by d:
 #
-#     D_j    the k orthonormal directions along which X is largest (its right singular vectors)
+#     D_j    the k orthonormal directions in which X is largest (its right singular vectors)
 #     d_j    sqrt((energy_j + DAMPING) / (rest + DAMPING)), with energy_j the mean of (D_j . x)^2
 #            over X's rows x, and rest the mean energy of all directions that D leaves out
 #     P_j    sqrt(1 - 1 / d_j) D_j, so that I - P^T P divides D_j by d_j and leaves the rest alone
 #
-# (This is whitening: K-FAC's factor of inputs, here fixed.)
+# (This is whitening, as K-FAC does it to the inputs, but fixed.)
 #
-# init="svd" is the letter: A = R, B diag(g) = L and no P.  The start's own output is subtracted, or
-# the model's would jump.
+# init="svd" is the letter: A = R, B diag(g) = L and no P.  The output L R x of the start is
+# subtracted, so that training begins at the base's.
 #
 # Official: AwLinear multiplies B A x by |W x|, brought to 0 .. 1 over the batch.  This only turns
 # down, makes an output depend on the other inputs of its batch, and is lost on merging.
 
-SCALE = 4.0  # in the place of LoRA's alpha / r; tuned together with the rates on top
-FLOOR = 0.01  # without a gain, a component would never train
-DIRECTIONS = (
-    4  # k / rank: with 2, text was learnt less well, images alike; it is what the file pays
-)
-DAMPING = 0.3  # the mean energy is 1; without damping, d explodes where rest is nearly 0
+SCALE = 4.0  # in the place of LoRA's alpha / r; the rates on top belong to it
+FLOOR = 0.01  # a component without a gain would never train
+DIRECTIONS = 4  # k / rank; with 2 text was learnt less well, 0 is without P.  The file holds P, too
+DAMPING = 0.3  # the mean energy is 1; it bounds d where rest is nearly 0
 
 
-def large_directions(X, k):
-    """X (n, in) -> P (k, in); of narrow layers at most half of all directions."""
+def shrink_directions(X, k):
+    """X (n, in) -> P (k, in), with k at most half of the layer's width."""
     n, width = X.shape
     _, sigma, D = top_svd(X, min(k, width // 2))
     energy = sigma.square() / max(n, 1)  # all energies add up to width
     rest = (width - energy.sum()).clamp_min(0) / (width - len(D))
-    d = ((energy + DAMPING) / (rest + DAMPING)).sqrt().clamp_min(1)  # less only by rounding
+    d = ((energy + DAMPING) / (rest + DAMPING)).sqrt().clamp_min(1)  # it is, but for rounding
     return (1 - 1 / d).sqrt()[:, None] * D
 
 
@@ -382,7 +387,7 @@ class AiraLinear(nn.Module):
             A = torch.cat([A - self.start_A, self.start_A])
             B = torch.cat([B, B - self.start_B], dim=1)
         # A and A P^T P nearly cancel along large directions: half precision would not do.
-        with full_precision(A):
+        with no_autocast(A):
             return B, torch.addmm(A, A @ P.T, P, alpha=-1)  # A (I - P^T P)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -394,7 +399,7 @@ class AiraLinear(nn.Module):
     def weight(self):
         """The merged weight, for modules that read a layer's weight and do not call the layer."""
         B, A = self.factors()
-        with full_precision(A):
+        with no_autocast(A):
             change = B @ A
         W = self.base_layer.weight
         return (W + (change.T if is_conv1d(self.base_layer) else change)).to(W.dtype)
@@ -407,11 +412,11 @@ class AiraLinear(nn.Module):
 def start_adapter(layer, rms, P, rank, init, amplify):
     """The AiraLinear of one layer, at its start."""
     S = rms.clamp_min(1e-4 * rms.mean())  # S^-1 must exist for channels of zeros, too
-    if not rms.any():
+    if not rms.any():  # calibration did not reach it
         S = torch.ones_like(rms)
     U, sigma, Vt = outlier_weighted_svd(weight_of(layer), S, rank)
-    s = (sigma / sigma[0].clamp_min(1e-30)).clamp_min(FLOOR) ** amplify
-    gains = SCALE * s / s.mean()
+    s = sigma.clamp_min(FLOOR * sigma[0]).clamp_min(1e-30)  # in a layer of zeros all are 0
+    gains = SCALE * s**amplify / (s**amplify).mean()
     if init == "svd_A":
         return AiraLinear(layer, Vt, torch.zeros_like(U), gains, P)
     A, B = Vt / S, U * sigma / gains
@@ -419,12 +424,14 @@ def start_adapter(layer, rms, P, rank, init, amplify):
 
 
 # ---- 5. apply_aira -----------------------------------------------------------------------------
-# Find the layers, measure their activations, assign ranks, start the adapters, put them in.  All
-# that can be refused is refused before the model is changed.
+# Find the layers, measure their activations, assign ranks, start the adapters, insert them.  What
+# can be refused is refused before the model is changed.
 
 
 def select(names, patterns, option):
-    """The names with a pattern as whole parts: "layers.0" finds "layers.0.fc", not "layers.01"."""
+    """The names that contain a pattern as whole parts: "layers.0" is in "layers.0.fc", but not in
+    "layers.01".
+    """
     chosen = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
         found = {name for name in names if name and f".{pattern}." in f".{name}."}
@@ -435,7 +442,7 @@ def select(names, patterns, option):
 
 
 def check_bare(model):
-    """Adapters of adapters, ours or PEFT's, would train, but save and merge wrongly."""
+    """Adapters on adapters, ours or PEFT's, would train, but not save and merge correctly."""
     if any(isinstance(m, AiraLinear) or hasattr(m, "peft_config") for m in model.modules()):
         raise ValueError("the model has adapters: merge or remove them first")
 
@@ -456,7 +463,7 @@ def find_layers(model, targets, left_out):
         chosen = select(layers, targets, f"targets (only Linear and Conv1D, untied, of {classes})")
     chosen -= left_out
     if not chosen:
-        raise ValueError(f"inside the model is no Linear or Conv1D to adapt; it has {classes}")
+        raise ValueError(f"the model has no Linear or Conv1D inside to adapt, but {classes}")
     return {name: layers[name] for name in layers if name in chosen}
 
 
@@ -480,18 +487,20 @@ def record(model, layers, calibrate):
 
 
 def measure(layers, recorders, k):
-    """-> {name: rms}, {name: P}; in all processes from the first one's inputs: they must agree."""
+    """-> {name: rms}, {name: P}; every process uses the first one's sample, so that all agree."""
     rms, P = {}, {}
     for name, layer in layers.items():
-        inputs = recorders.pop(name).inputs  # of a large model, all together take gigabytes
+        inputs = recorders.pop(name).inputs  # frees it when it is measured
         if dist.is_available() and dist.is_initialized():
             box = [inputs.cpu()]
             dist.broadcast_object_list(box)
             inputs = box[0].to(inputs.device)
         if not (inputs.float().square().isfinite().all() and layer.weight.isfinite().all()):
-            raise ValueError(f"NaN, inf or huge numbers in the weight or inputs of {name!r}")
+            raise ValueError(
+                f"NaN, inf or numbers too large to square in the weight or inputs of {name!r}"
+            )
         X, rms[name] = normalise(inputs)
-        P[name] = large_directions(X, k)
+        P[name] = shrink_directions(X, k)
     unreached = [name for name in layers if not rms[name].any()]
     if len(unreached) == len(layers):
         raise ValueError("calibrate ran none of the layers: does it call the model?")
@@ -513,10 +522,10 @@ def assign_ranks(layers, rms, rank, importance, allocate):
 
 
 def replace(model, new):
-    """Put new[module] in the module's place, wherever it occurs."""
+    """Replace each module that is a key of new, wherever it is registered."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            inner = getattr(child, "_orig_mod", child)  # a compiled layer goes with its wrapper
+            inner = getattr(child, "_orig_mod", child)  # replaced with its torch.compile wrapper
             parent._modules[name] = new.get(inner, child)
 
 
@@ -537,17 +546,19 @@ def apply_aira(
 
     calibrate   function that runs the model on a few thousand typical tokens, with little padding
     rank        the budget is what LoRA of this rank trains: the sum of (in + out) rank
-    targets     which linear layers, by parts of their names: "q_proj", "layers.0", "encoder";
-                None: all, but tied weights and, if get_output_embeddings names it, the head
+    targets     which linear layers, by parts of their names: "q_proj", "layers.0", "encoder".
+                None: all nn.Linear and Conv1D, but not their subclasses, tied weights, or the head
+                that get_output_embeddings names
     exclude     layers to leave out
-    also_train  modules to train in full, as a new head; names as in targets
-    init        "svd_A": A starts from the weighted SVD, B at zero;  "svd": both do, without P.
-                Weight decay would then pull A and B, and so the output, away from the base's
-    importance  function (weight, rms) -> theta, and allocate, to ranks: see section 3
-    amplify     the power of sigma in the gains; 0: all components alike
+    also_train  modules to train in full, such as a new head; names as in targets
+    init        "svd_A": A starts from the weighted SVD, B at zero.  "svd": both do, without P;
+                weight decay would then pull A and B, and so the output, away from the base's
+    importance  function (weight, rms) -> theta: outlier_mass or outlier_share
+    allocate    function from importances to ranks: greedy_ranks or knapsack_ranks
+    amplify     the power of sigma in the gains, 0 or more; at 0 all components are alike
 
-    Call it in every process, before making the optimizer, torch.compile and DDP.  For bad input it
-    raises an error and leaves the model as it was.
+    Call it in every process, after casting the model, and before making the optimizer,
+    torch.compile and DDP.  For bad input it raises an error and leaves the model as it was.
     """
     if init not in ("svd_A", "svd"):
         raise ValueError(f"{init=}: there are 'svd_A' and 'svd'")
@@ -560,7 +571,7 @@ def apply_aira(
     adapters = {}
     for name, layer in layers.items():
         adapters[layer] = start_adapter(layer, rms[name], P[name], ranks[name], init, amplify)
-    model.requires_grad_(False)
+    model.requires_grad_(False)  # the adapters, which come after, train
     for name in in_full:
         modules[name].requires_grad_(True)
     replace(model, adapters)
@@ -568,7 +579,7 @@ def apply_aira(
 
 
 # ---- 6. Remove, merge, save, load, export ------------------------------------------------------
-# The adapters are found in the model, wherever they are; nothing else is noted about it.
+# The adapters are found in the model, wherever they are; there is no other state.
 
 
 def find_adapters(model):
@@ -580,8 +591,8 @@ def find_adapters(model):
 
 
 def remove_aira(model: nn.Module) -> None:
-    """Put the model's own layers back, whose weights never changed.  They stay frozen, and what
-    also_train names keeps its new values.
+    """Put the model's own layers back, whose weights never changed.  They stay frozen; what
+    also_train names keeps its new values, and so do buffers such as BatchNorm's statistics.
     """
     adapters = find_adapters(model).values()
     replace(model, {adapter: adapter.base_layer for adapter in adapters})
@@ -596,7 +607,7 @@ def merge_aira(model: nn.Module) -> None:
     adapters = find_adapters(model)
     for name, adapter in adapters.items():
         if not adapter.weight.isfinite().all():
-            raise ValueError(f"merging would write NaN or inf to {name!r}: the run has diverged")
+            raise ValueError(f"merging would write NaN or inf to {name!r}: has the run diverged?")
     for adapter in adapters.values():
         adapter.base_layer.weight.copy_(adapter.weight)
     remove_aira(model)
@@ -621,7 +632,7 @@ def aira_state_dict(model: nn.Module) -> dict[str, Tensor]:
         if adapter.lora_A.dim() < 2 or hasattr(adapter.lora_A, "device_mesh"):
             raise ValueError("the adapters are sharded (FSDP, ZeRO): gather the model first")
         if not adapter.lora_A.requires_grad:
-            raise ValueError("all is frozen, so it is unknown what was trained: save it before")
+            raise ValueError("adapters are frozen: what else was trained?  Save before freezing")
     state = {}
     for name, tensor in unwrap(model).state_dict(keep_vars=True).items():
         frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
@@ -634,11 +645,11 @@ def aira_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def load_aira(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Put the adapters of an aira_state_dict on the base model, to use it or to train on.
 
-    What else the state has replaces the base's and trains on; all other parameters are frozen.
-    ValueError or TypeError, nothing changed, if the state does not fit the model.
+    Other entries replace the base's, and parameters among them train; all else is frozen.  Call it
+    before torch.compile and DDP.  An error, and nothing changed, if the state does not fit.
     """
     if not isinstance(state, dict):
-        raise TypeError(f"load_aira takes aira_state_dict's dict, so torch.load {state!r} first")
+        raise TypeError(f"load_aira takes aira_state_dict's dict, not {state!r}: use torch.load")
     check_bare(model)
     modules, own = dict(model.named_modules(remove_duplicate=False)), model.state_dict()
     parts, values, adapters = {}, {}, {}
@@ -668,7 +679,8 @@ def load_aira(model: nn.Module, state: dict[str, Tensor]) -> None:
 def save_peft(model: nn.Module, directory: str | Path) -> None:
     """Write the adapters as a plain LoRA, for PeftModel.from_pretrained(base, directory).
 
-    ValueError, nothing written, if more than adapters is trained.  Needs safetensors.
+    ValueError, nothing written, if PEFT would lose something: what else trains, and all other
+    buffers of floats, such as BatchNorm's.  Needs safetensors.
     """
     from safetensors.torch import save_file
 
@@ -678,15 +690,14 @@ def save_peft(model: nn.Module, directory: str | Path) -> None:
         name, (B, A) = base_name(name), adapter.factors()
         tensors[f"base_model.model.{name}.lora_A.weight"] = A.detach().cpu().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = B.detach().cpu().contiguous()
-        ranks[f"^{re.escape(name)}"] = len(A)  # "^": PEFT takes names for ends of names
+        ranks[f"^{re.escape(name)}"] = len(A)  # PEFT looks for names' ends; "^": the whole
     for key, tensor in aira_state_dict(model).items():
         name, _, part = key.rpartition(".")
-        ours = f"base_model.model.{name}.lora_A.weight" in tensors and part not in (
-            "weight",
-            "bias",
+        plain = (
+            part in ("weight", "bias") or f"base_model.model.{name}.lora_A.weight" not in tensors
         )
-        if tensor.is_floating_point() and not ours:
-            raise ValueError(f"PEFT would lose {key!r}, trained, moved or shared: use merge_aira")
+        if plain and tensor.is_floating_point():
+            raise ValueError(f"PEFT would lose {key!r}, trained, a buffer or shared: merge_aira")
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": getattr(model, "name_or_path", None),

@@ -22,7 +22,6 @@ from aira import (
     apply_aira,
     greedy_ranks,
     knapsack_ranks,
-    large_directions,
     load_aira,
     merge_aira,
     normalise,
@@ -30,6 +29,7 @@ from aira import (
     outlier_share,
     outlier_weighted_svd,
     remove_aira,
+    shrink_directions,
 )
 
 torch.set_num_threads(1)
@@ -172,11 +172,11 @@ def test_gains_by_hand(amplify, gains):
     close(layer.lora_A.abs(), torch.eye(2))
 
 
-def test_large_directions_by_hand():
+def test_shrink_directions_by_hand():
     """The first of four channels is ten times larger: energies 4 * 100 / 103 and 4 / 103."""
     signs = tensor([[1.0, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]])
     X, _ = normalise(signs * tensor([10.0, 1, 1, 1]))
-    P = large_directions(X, 1)
+    P = shrink_directions(X, 1)
     d = ((400 / 103 + DAMPING) / (4 / 103 + DAMPING)) ** 0.5
     close(torch.eye(4) - P.T @ P, torch.diag(tensor([1 / d, 1, 1, 1])))
 
@@ -198,9 +198,9 @@ def dense(x, k):
 
 
 @pytest.mark.parametrize("k", [1, 4])
-def test_large_directions_whiten(k):
+def test_shrink_directions_whiten(k):
     x = correlated()
-    P = large_directions(normalise(x)[0], k)
+    P = shrink_directions(normalise(x)[0], k)
     close(torch.eye(10) - P.T @ P, dense(x, k), 1e-3)
 
 
@@ -581,7 +581,7 @@ def test_a_file_that_does_not_fit_is_named_and_changes_nothing(net, x, words, ke
 
 
 def test_what_is_no_adapter_is_named_and_a_second_one_refused(net, x):
-    with pytest.raises(TypeError, match="torch.load 'a.pt'"):
+    with pytest.raises(TypeError, match="'a.pt'.*torch.load"):
         load_aira(net, "a.pt")
     with pytest.raises(ValueError, match="no adapters"):
         load_aira(net, {})
@@ -643,8 +643,7 @@ def test_aira_ends_below_lora_each_at_its_best_rate_and_lora_at_its_best_scale()
 
 
 def test_toy_steps_to_a_loss_are_linear_between_tests(monkeypatch):
-    monkeypatch.setattr(train_toy, "STEPS", 30)
-    monkeypatch.setattr(train_toy, "POINTS", 3)
+    monkeypatch.setattr(train_toy, "POINTS", range(10, 31, 10))
     assert train_toy.steps_to(1.5, [3.0, 2.0, 1.0]) == 25
     assert train_toy.steps_to(0.5, [3.0, 2.0, 1.0]) == np.inf
 

