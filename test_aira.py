@@ -281,12 +281,13 @@ def test_adam_keeps_the_gain(amplify):
 
 
 @every_init
-def test_every_component_trains_in_a_layer_of_zeros_too(init):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_component_trains_in_a_layer_of_lower_rank_too(init, rank):
     x = correlated()
     base = nn.Linear(10, 10)
-    base.weight.data.zero_()
+    base.weight.data = randn(10, rank) @ randn(rank, 10)
     layer = one_layer(base, x, rank=3, init=init)
-    assert layer.gains.min() > 0
+    assert layer.gains.min() > 0.05 * layer.gains.max()
     optimizer = torch.optim.SGD([layer.lora_A, layer.lora_B], 0.05)
     for _ in range(2):
         of_A, of_B = gradients(layer, x, randn(96, 10))
@@ -492,7 +493,8 @@ def test_trained_reloaded_merged_it_is_one_function_and_removed_the_base(net, x,
     load_aira(base, state)
     assert torch.equal(base(x), output)
     kept = copy.deepcopy(state)
-    learn(base, x, 2 + output.detach())
+    for model in (base, net):
+        learn(model, x, 2 + output.detach())
     torch.testing.assert_close(state, kept, rtol=0, atol=0)  # training on leaves the file
     remove_aira(net)
     torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
