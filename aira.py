@@ -447,17 +447,23 @@ def check_bare(model):
         raise ValueError("the model has adapters: merge or remove them first")
 
 
-def find_layers(model, targets, left_out):
-    """{name: layer} of the layers to adapt; without targets all but a language model's head."""
+def linear_layers(model):
+    """{name: layer} of the linear layers inside the model, but those whose weight is tied."""
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
-    head = getattr(model, "get_output_embeddings", lambda: None)()
     layers = {}
     for name, module in model.named_modules():
         # A tied weight has another owner, too, which merging would change.
         if name and is_linear(module) and owners[id(module.weight)] == 1:
             layers[name] = module
+    return layers
+
+
+def find_layers(model, targets, left_out):
+    """{name: layer} of the layers to adapt; without targets all but a language model's head."""
+    layers = linear_layers(model)
     classes = {type(module).__name__ for module in model.modules()}
     if targets is None:
+        head = getattr(model, "get_output_embeddings", lambda: None)()
         chosen = {name for name in layers if layers[name] is not head}
     else:
         chosen = select(layers, targets, f"targets (only Linear and Conv1D, untied, of {classes})")
@@ -663,11 +669,10 @@ def load_aira(model: nn.Module, state: dict[str, Tensor]) -> None:
         else:
             raise ValueError(f"{key!r} {tuple(tensor.shape)} does not fit: is it another base?")
     for name, tensors in parts.items():
-        adapter = AiraLinear(modules[name], **tensors)
+        adapters[modules[name]] = adapter = AiraLinear(modules[name], **tensors)
         B, A = adapter.factors()
-        if (len(B), A.shape[1]) != weight_of(modules[name]).shape:
+        if (len(B), A.shape[1]) != (adapter.out_features, adapter.in_features):
             raise ValueError(f"the adapter of {name!r} does not fit: is it another base?")
-        adapters[adapter.base_layer] = adapter
     if not adapters:
         raise ValueError("the state holds no adapters: is it aira_state_dict's?")
     for name, parameter in model.named_parameters(remove_duplicate=False):
