@@ -370,6 +370,7 @@ class AiraLinear(nn.Module):
     lora_A, lora_B       A (r, in) and B (out, r), trained; in float32, because steps are small
     gains, shrink        g (r,) and P (k, in), fixed
     start_A, start_B     A0 = A and B0 = B diag(g) at the start, fixed; only for init="svd"
+    base_norm            the norm of W, saved along, by which load_aira knows another base
 
     forward does not form B A, as large as W; the official AwLinear does so in each step.
     """
@@ -385,6 +386,7 @@ class AiraLinear(nn.Module):
         self.register_buffer("shrink", shrink)
         self.register_buffer("start_A", start_A)
         self.register_buffer("start_B", start_B)
+        self.register_buffer("base_norm", base_layer.weight.detach().float().norm())
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """B' (out, r), A' (r, in) with y = base_layer(x) + B' A' x: the adapter as a plain LoRA.
@@ -519,7 +521,7 @@ def measure(layers, recorders, k):
         P[name] = shrink_directions(X, k)
     unreached = [name for name in layers if not rms[name].any()]
     if len(unreached) == len(layers):
-        raise ValueError("calibrate ran none of the layers: does it call the model?")
+        raise ValueError("calibrate ran none of the layers: does it call this very model?")
     if unreached:
         warnings.warn(f"calibrate did not reach {unreached}: they get rank 1", stacklevel=3)
     return rms, P
@@ -642,7 +644,7 @@ def base_name(name):
 
 def aira_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Copies, on the CPU, of the adapters, all else that trains, and buffers such as BatchNorm's
-    statistics, under the base model's names: for torch.save and load_aira.
+    statistics, under the base model's names: for torch.save and load_aira.  Save before freezing.
     """
     for adapter in find_adapters(model).values():
         if adapter.lora_A.dim() < 2 or hasattr(adapter.lora_A, "device_mesh"):
@@ -677,12 +679,21 @@ def load_aira(model: nn.Module, state: dict[str, Tensor]) -> None:
             device = modules[name].weight.device
             parts.setdefault(name, {})[part] = tensor.to(device, torch.float32, copy=True)
         else:
-            raise ValueError(f"{key!r} {tuple(tensor.shape)} does not fit: is it another base?")
+            raise ValueError(
+                f"{key!r} {tuple(tensor.shape)} does not fit: is it another base, or "
+                "one in torch.compile or DDP?"
+            )
     for name, tensors in parts.items():
+        norm = tensors.pop("base_norm", None)
         adapters[modules[name]] = adapter = AiraLinear(modules[name], **tensors)
         B, A = adapter.factors()
         if (len(B), A.shape[1]) != (adapter.out_features, adapter.in_features):
             raise ValueError(f"the adapter of {name!r} does not fit: is it another base?")
+        if norm is not None and not torch.isclose(adapter.base_norm, norm, rtol=1e-3):  # rounding
+            raise ValueError(
+                f"{name!r} has other weights than when it was trained: a new head is "
+                "to be named in also_train; or is it another base?"
+            )
     if not adapters:
         raise ValueError("the state holds no adapters: is it aira_state_dict's?")
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -712,7 +723,7 @@ def save_peft(model: nn.Module, directory: str | Path) -> None:
             part in ("weight", "bias") or f"base_model.model.{name}.lora_A.weight" not in tensors
         )
         if plain and tensor.is_floating_point():
-            raise ValueError(f"PEFT would lose {key!r}, trained, a buffer or shared: merge_aira")
+            raise ValueError(f"PEFT would lose {key!r}, trained, a buffer or shared: merge instead")
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": getattr(model, "name_or_path", None),

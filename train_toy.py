@@ -412,13 +412,13 @@ def mean_error(values, digits):
 
 def print_grids(results):
     """Validation losses at all rates."""
-    print("validation loss at each rate, * the best (at the end: a wider grid may have a better)")
+    print("validation loss at each rate; * the best, ! the best, but at the end of the grid")
     for name, method in results.items():
+        mark = "!" if method.rate in (min(method.grid), max(method.grid)) else "*"
         print(f"  {name:18}", end="")
         for rate, loss in method.grid.items():
-            print(f"{rate:8.3f}: {loss:.3f}{'*' if rate == method.rate else ' '}", end="")
-        at_end = method.rate in (min(method.grid), max(method.grid))
-        print(" at the end" if at_end else "")
+            print(f"{rate:6.3f}: {loss:.3f}{mark if rate == method.rate else ' '}", end="")
+        print()
 
 
 def print_chart(lines, width=70):
