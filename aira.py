@@ -632,9 +632,10 @@ def merge_aira(model: nn.Module) -> None:
 
 
 def unwrap(model):
-    """The model inside of torch.compile and DistributedDataParallel."""
+    """The model inside of torch.compile and (Distributed)DataParallel."""
     model = getattr(model, "_orig_mod", model)
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    parallel = nn.DataParallel, nn.parallel.DistributedDataParallel
+    return model.module if isinstance(model, parallel) else model
 
 
 def base_name(name):

@@ -529,6 +529,7 @@ def test_compiled_afterwards_or_adapted_in_parts_all_is_saved_under_bare_names(x
     model["text"].mix = torch.compile(model["text"].mix, backend="eager")
     model["image"] = torch.compile(model["image"], backend="eager")
     state = aira_state_dict(torch.compile(model, backend="eager"))
+    assert aira_state_dict(nn.DataParallel(model)).keys() == state.keys()
     saved = {key.removesuffix(".lora_A") for key in state if key.endswith(".lora_A")}
     assert saved - {"text.again", "image.again"} == set(expected)
     load_aira(bare, state)
