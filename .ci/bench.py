@@ -209,8 +209,8 @@ def minilm_aira(encoder, calibrate):
 
 MINILM = {  # name: what makes the encoder ready, rates; the LoRAs come first
     "LoRA, scale 2": (functools.partial(minilm_lora, scale=2), [0.001, 0.002, 0.004]),
-    "LoRA, scale 8": (functools.partial(minilm_lora, scale=8), [0.0005, 0.001, 0.002]),
-    "AIRA": (minilm_aira, [0.0005, 0.001, 0.002]),
+    "LoRA, scale 8": (functools.partial(minilm_lora, scale=8), [0.00025, 0.0005, 0.001]),
+    "AIRA": (minilm_aira, [0.00025, 0.0005, 0.001, 0.002]),
     "full fine-tuning": (full, [0.0001, 0.0002, 0.0004]),
 }
 
