@@ -592,12 +592,13 @@ def apply_aira(
     model.requires_grad_(False)  # the adapters, which come after, train
     for name in in_full:
         modules[name].requires_grad_(True)
+        modules[name].trained_in_full = True  # to be saved even if it is frozen by then
     replace(model, adapters)
     return ranks
 
 
 # ---- 6. Remove, merge, save, load, export ------------------------------------------------------
-# The adapters are found in the model, wherever they are; there is no other state.
+# The adapters are found in the model, wherever they are; modules of also_train have a flag.
 
 
 def find_adapters(model):
@@ -645,17 +646,22 @@ def base_name(name):
 
 def aira_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Copies, on the CPU, of the adapters, all else that trains, and buffers such as BatchNorm's
-    statistics, under the base model's names: for torch.save and load_aira.  Save before freezing.
+    statistics, under the base model's names: for torch.save and load_aira.
+
+    Save before freezing; only what apply_aira's also_train named is saved in any case.
     """
     for adapter in find_adapters(model).values():
         if adapter.lora_A.dim() < 2 or hasattr(adapter.lora_A, "device_mesh"):
             raise ValueError("the adapters are sharded (FSDP, ZeRO): gather the model first")
         if not adapter.lora_A.requires_grad:
             raise ValueError("adapters are frozen: what else was trained?  Save before freezing")
-    state = {}
+    state, in_full = {}, ()
+    for name, module in unwrap(model).named_modules():
+        if hasattr(module, "trained_in_full"):
+            in_full += (f"{name}.",)
     for name, tensor in unwrap(model).state_dict(keep_vars=True).items():
         frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
-        if not frozen:
+        if not frozen or name.startswith(in_full):
             state[base_name(name)] = tensor.detach().cpu().clone()
     return state
 

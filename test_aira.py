@@ -511,6 +511,9 @@ def test_all_that_trains_is_saved_and_loads_on_the_bare_model(net, x):
     state = aira_state_dict(model)
     assert {"1.up.bias", "0.running_mean", "2.weight", "2.running_var", "3.bias"} < set(state)
     assert not frozen & set(state) and all(t.device.type == "cpu" for t in state.values())
+    model[2:].requires_grad_(False)  # what also_train named is known
+    assert aira_state_dict(copy.deepcopy(model)).keys() == state.keys()
+    model[2:].requires_grad_(True)
     load_aira(bare, state)
     with pytest.raises(ValueError, match="frozen.*before"):
         aira_state_dict(copy.deepcopy(model).requires_grad_(False))
