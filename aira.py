@@ -696,7 +696,8 @@ def load_aira(model: nn.Module, state: dict[str, Tensor]) -> None:
         B, A = adapter.factors()
         if (len(B), A.shape[1]) != (adapter.out_features, adapter.in_features):
             raise ValueError(f"the adapter of {name!r} does not fit: is it another base?")
-        if norm is not None and not torch.isclose(adapter.base_norm, norm, rtol=1e-3):  # rounding
+        # The base, or the norm itself, may be rounded to bfloat16: at most by 2^-8.
+        if norm is not None and not torch.isclose(adapter.base_norm, norm, rtol=4e-3):
             raise ValueError(
                 f"{name!r} has other weights than when it was trained: a new head is "
                 "to be named in also_train; or is it another base?"

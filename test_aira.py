@@ -588,12 +588,13 @@ def test_a_file_that_does_not_fit_is_named_and_changes_nothing(net, x, words, ke
 
 def test_another_base_of_the_same_shapes_is_named_but_rounding_is_not(net, x):
     """As a new head that is drawn again; the same base in half precision is the same."""
-    half = copy.deepcopy(net).bfloat16()
+    base, half = copy.deepcopy(net), copy.deepcopy(net).bfloat16()
     adapt(net, x)
     state = aira_state_dict(net)
     with pytest.raises(ValueError, match="'up' has other weights.*also_train"):
         load_aira(Net(), state)
     load_aira(half, state)
+    load_aira(base, aira_state_dict(net.bfloat16()))
 
 
 def test_what_is_no_adapter_is_named_and_a_second_one_refused(net, x):
