@@ -44,13 +44,12 @@ from aira import apply_aira
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTH, LAYERS = (256, 4) if DEVICE == "cuda" else (64, 3)
 SMOKE = "--smoke" in sys.argv  # here, because all processes need it
-PRETRAINING, STEPS, SEEDS = (10, 8, 2) if SMOKE else (3000, 80, 3)
+PRETRAINING, STEPS, SEEDS, HELD_OUT = (10, 8, 2, 32) if SMOKE else (3000, 80, 3, 512)
 POINTS = range(STEPS // 5, STEPS + 1, STEPS // 5)  # the steps after which a curve is measured
 RANK = 8
 CONTEXT = 64  # bytes in a window
 CLASSES = 32  # of glyphs
-WINDOWS, IMAGES = 16, 32  # in a batch
-HELD_OUT = 512  # windows or images for validation, and as many again for the test
+WINDOWS, IMAGES = 16, 32  # in a batch; HELD_OUT are for validation, and as many for the test
 TASKS = {
     "vit": "ViT, from straight glyphs to curved ones in negative",
     "gpt": "GPT, from Python to C++ (nats per byte)",
@@ -60,20 +59,19 @@ TASKS = {
 # ---- 1. Methods --------------------------------------------------------------------------------
 # Each makes a model ready to train; examples is some of the training data.
 
-
-def adapted_layers(model):
-    """All linear layers but the embedding and the head."""
-    return [layer for b in model.blocks for layer in (b.qkv, b.proj, b.up, b.down)]
+TARGETS = ("qkv", "proj", "up", "down")  # all linear layers but the embedding and the head
 
 
-def lora(model, examples, scale=1, rank=RANK):
+def lora(model, examples, scale=2, rank=RANK):
     """The baseline, y = W x + scale B A x, scale = alpha / rank; A and B start as in PEFT."""
 
     def add(layer, args, y):
         return y + F.linear(F.linear(args[0], layer.lora_A), scale * layer.lora_B)
 
     model.requires_grad_(False)
-    for layer in adapted_layers(model):
+    for name, layer in model.named_modules():
+        if not name.endswith(TARGETS):
+            continue
         A = layer.weight.new_empty(rank, layer.in_features)
         layer.lora_A = nn.Parameter(nn.init.kaiming_uniform_(A, a=math.sqrt(5)))
         layer.lora_B = nn.Parameter(layer.weight.new_zeros(layer.out_features, rank))
@@ -82,8 +80,7 @@ def lora(model, examples, scale=1, rank=RANK):
 
 def aira(model, examples, rank=RANK, **options):
     """AIRA in the same layers; it trains at most as many parameters as LoRA."""
-    names = ["qkv", "proj", "up", "down"]
-    apply_aira(model, lambda: model(examples), rank=rank, targets=names, **options)
+    apply_aira(model, lambda: model(examples), rank=rank, targets=TARGETS, **options)
 
 
 def full(model, examples):
@@ -91,13 +88,11 @@ def full(model, examples):
 
 
 METHODS = {  # name: what makes a model ready, its grid of learning rates
-    "LoRA": (lora, [0.008, 0.016, 0.032, 0.064]),
+    "LoRA": (lora, [0.004, 0.008, 0.016, 0.032]),
     "LoRA, scale 8": (functools.partial(lora, scale=8), [0.004, 0.008, 0.016]),
     "AIRA": (aira, [0.004, 0.008, 0.016, 0.032]),
     "full fine-tuning": (full, [0.002, 0.004, 0.008]),
 }
-if SMOKE:
-    METHODS = {name: (adapt, rates[:1]) for name, (adapt, rates) in METHODS.items()}
 
 
 # ---- 2. Models ---------------------------------------------------------------------------------
@@ -266,7 +261,8 @@ def source(function):
 
 
 def pretrain(task, seed=0):
-    """-> the base, from .cache if it is there; its test loss on the old task."""
+    """Make the base, unless it is in .cache -> its file, its test loss on the old task."""
+    torch.set_num_threads(1)  # the fastest for models so small
     part, _, test = data(task, new=False)
     torch.manual_seed(seed)
     model = Transformer(task).to(DEVICE)
@@ -281,23 +277,19 @@ def pretrain(task, seed=0):
         train(model, part, 0.003 * min(1, 96 / WIDTH), PRETRAINING, seed)
         path.parent.mkdir(exist_ok=True)
         torch.save(model.state_dict(), path)
-    return model, evaluate(model, test)
+    return path, evaluate(model, test)
 
 
 # ---- 5. Experiment -----------------------------------------------------------------------------
 
 
 @functools.cache
-def load(task, seed=0):
-    """-> the base; its test loss on the old task; the three parts of the new one."""
-    torch.set_num_threads(1)  # the fastest for models so small
-    base, loss = pretrain(task, seed)
-    return base, loss, data(task, new=True)
-
-
-def load_loss(task, seed=0):
-    """The base's test loss on the old task; it is pretrained, if need be."""
-    return load(task, seed)[1]
+def load(task, path):
+    """-> the base, the three parts of its new task."""
+    torch.set_num_threads(1)
+    base = Transformer(task).to(DEVICE)
+    base.load_state_dict(torch.load(path, map_location=DEVICE))
+    return base, data(task, new=True)
 
 
 def prepare(base, adapt, examples, seed):
@@ -317,27 +309,27 @@ def prepare(base, adapt, examples, seed):
 
 def run(job):
     """Fine-tune once -> the loss on validation data, then the curve on test data."""
-    task, name, rate, seed = job
-    base, _, (training, validation, test) = load(task)
-    model, _ = prepare(base, METHODS[name][0], training[0][:64], seed)
+    task, path, name, rate, seed = job
+    base, (training, validation, test) = load(task, path)
+    adapt, _ = METHODS[name]
+    model, _ = prepare(base, adapt, training[0][:64], seed)
     curve, _ = train(model, training, rate, STEPS, seed, test)
     return [evaluate(model, validation), *curve]
 
 
-def parallel(function, jobs):
-    """[function(job)]; on a CPU two processes share the jobs."""
+def parallel(pool, function, jobs):
+    """[function(job)] by the pool's processes."""
     start, results = time.monotonic(), []
-    with ProcessPoolExecutor(1 if DEVICE == "cuda" else 2, get_context("spawn")) as pool:
-        for result in pool.map(function, jobs):
-            results.append(result)
-            left = (time.monotonic() - start) * (len(jobs) / len(results) - 1)
-            print(f"\r{left:5.0f} s left ", end="\r", file=sys.stderr)
+    for result in pool.map(function, jobs):
+        results.append(result)
+        left = (time.monotonic() - start) * (len(jobs) / len(results) - 1)
+        print(f"\r{left:5.0f} s left ", end="\r", file=sys.stderr)
     return results
 
 
-def timing(task):
+def timing(task, path):
     """{method: (seconds to set it up, seconds of a step)}, in turn while nothing else runs."""
-    base, _, (training, *_) = load(task)
+    base, (training, _, _) = load(task, path)
     times = {name: [] for name in METHODS}
     for _ in range(2 if SMOKE else 6):
         for name, (adapt, _) in METHODS.items():
@@ -357,16 +349,16 @@ class Result(NamedTuple):
     step: float
 
 
-def experiment(task):
+def experiment(pool, task, path):
     """{method: Result}"""
     jobs = []
     for name, (_, rates) in METHODS.items():
-        jobs += [(task, name, rate, seed) for rate in rates for seed in range(SEEDS)]
-    losses = dict(zip(jobs, parallel(run, jobs), strict=True))
-    seconds = timing(task)
+        jobs += [(task, path, name, rate, seed) for rate in rates for seed in range(SEEDS)]
+    losses = iter(parallel(pool, run, jobs))
+    seconds = timing(task, path)
     results = {}
     for name, (_, rates) in METHODS.items():
-        runs = [[losses[task, name, rate, seed] for seed in range(SEEDS)] for rate in rates]
+        runs = [[next(losses) for seed in range(SEEDS)] for rate in rates]
         runs = np.nan_to_num(runs, nan=np.inf)  # (rates, seeds, 1 + points)
         means = runs[:, :, 0].mean(axis=1)
         best = means.argmin()
@@ -425,12 +417,11 @@ def print_chart(lines, width=70):
     """{letter: losses} as text: a row for each point but the first; the lower, the further left."""
     losses = np.array([*lines.values()])[:, 1:]
     low, high = losses.min(), losses.max()
-    columns = np.rint((losses - low) / (high - low) * (width - 1)).astype(int)
     print(f"\n  step  loss {low:<8.3f}{high:>{width - 13}.3f}")
-    for step, places in zip(POINTS[1:], columns.T, strict=True):
+    for step, at_step in zip(POINTS[1:], losses.T, strict=True):
         row = [" "] * width
-        for letter, place in zip(lines, places, strict=True):
-            row[place] = letter
+        for letter, loss in zip(lines, at_step, strict=True):
+            row[round((loss - low) / (high - low) * (width - 1))] = letter
         print(f"{step:6}  {''.join(row)}")
 
 
@@ -476,11 +467,11 @@ def plot(file, found):
 
     figure, axes = pyplot.subplots(len(found), 2, figsize=(10, 4 * len(found)))
     for (left, right), (task, results) in zip(axes, found.items(), strict=True):
-        for name in (best_lora(results), "AIRA", "full fine-tuning"):
-            grid, curves = results[name].grid, results[name].curves
+        for name, method in results.items():
+            curves = method.curves
             left.plot(POINTS, curves.mean(axis=0), label=name)
             left.fill_between(POINTS, curves.min(axis=0), curves.max(axis=0), alpha=0.25)
-            right.semilogx(*zip(*grid.items(), strict=True), "o-", base=2)
+            right.semilogx(method.grid.keys(), method.grid.values(), "o-", base=2)
         left.set(title=TASKS[task], xlabel="step", ylabel="test loss (bands: all seeds)")
         right.set(xlabel="learning rate", ylabel="final validation loss")
         right.xaxis.set_major_formatter("{x:.3f}")
@@ -500,12 +491,13 @@ def main():
     print(f"torch {torch.__version__}, {DEVICE}, width {WIDTH}")
     start = time.monotonic()
     found = {}
-    losses = parallel(load_loss, list(TASKS))
-    for task, loss in zip(TASKS, losses, strict=True):
-        found[task] = experiment(task)
-        print(f"\n{TASKS[task]}.\nOn its old task the base has a test loss of {loss:.3f}.\n")
-        report(found[task])
-        print(f"{time.monotonic() - start:.0f} seconds so far")
+    with ProcessPoolExecutor(1 if DEVICE == "cuda" else 2, get_context("spawn")) as pool:
+        bases = parallel(pool, pretrain, TASKS)
+        for task, (path, loss) in zip(TASKS, bases, strict=True):
+            found[task] = experiment(pool, task, path)
+            print(f"\n{TASKS[task]}.\nOn its old task the base has a test loss of {loss:.3f}.\n")
+            report(found[task])
+            print(f"{time.monotonic() - start:.0f} seconds so far")
     if options.plot:
         plot(options.plot, found)
 

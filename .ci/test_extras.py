@@ -451,12 +451,12 @@ def test_the_baseline_is_pefts_lora_step_for_step(scale):
     theirs = copy.deepcopy(ours).requires_grad_(False)
     train_toy.lora(ours, None, scale)
     rank = train_toy.RANK
-    names = ["qkv", "proj", "up", "down"]
+    names = list(train_toy.TARGETS)
     config = peft.LoraConfig(r=rank, lora_alpha=scale * rank, target_modules=names)
     peft.inject_adapter_in_model(config, theirs)
-    layers = train_toy.adapted_layers(ours), train_toy.adapted_layers(theirs)
-    for mine, its in zip(*layers, strict=True):
-        its.lora_A.default.weight.data.copy_(mine.lora_A)
+    for name, layer in theirs.named_modules():
+        if name.endswith(train_toy.TARGETS):
+            layer.lora_A.default.weight.data.copy_(ours.get_submodule(name).lora_A)
 
     x = torch.randint(256, (16, 64))
     losses = []
