@@ -43,13 +43,13 @@ from aira import apply_aira
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTH, LAYERS = (256, 4) if DEVICE == "cuda" else (64, 3)
-SMOKE = "--smoke" in sys.argv  # here, because all processes need it
+SMOKE = "--smoke" in sys.argv  # read here, because the pool's processes import this file, too
 PRETRAINING, STEPS, SEEDS, HELD_OUT = (10, 8, 2, 32) if SMOKE else (3000, 80, 3, 512)
 POINTS = range(STEPS // 5, STEPS + 1, STEPS // 5)  # the steps after which a curve is measured
 RANK = 8
 CONTEXT = 64  # bytes in a window
 CLASSES = 32  # of glyphs
-WINDOWS, IMAGES = 16, 32  # in a batch; HELD_OUT are for validation, and as many for the test
+WINDOWS, IMAGES = 16, 32  # in a batch; for validation and for the test there are HELD_OUT each
 TASKS = {
     "vit": "ViT, from straight glyphs to curved ones in negative",
     "gpt": "GPT, from Python to C++ (nats per byte)",
@@ -150,11 +150,11 @@ def texts(paths):
     random.Random(0).shuffle(paths)
     windows = [], [], []
     for number, path in enumerate(paths):
-        part = (1, 2, 0, 0, 0, 0, 0, 0)[number % 8]
+        part = {0: 1, 1: 2}.get(number % 8, 0)  # of eight files six are for training
         content = path.read_bytes()
         for start in range(0, len(content) - CONTEXT, CONTEXT + 1):
             windows[part].append(np.frombuffer(content, np.uint8, CONTEXT + 1, start))
-    if len(windows[2]) < HELD_OUT:
+    if min(len(part) for part in windows) < HELD_OUT:
         raise FileNotFoundError(
             "too little text: it needs the standard library's .py files and torch's headers"
         )
@@ -222,10 +222,10 @@ def evaluate(model, part):
 def train(model, part, rate, steps, seed, test=None):
     """Train what requires a gradient -> losses on test at POINTS; the median seconds of a step."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    head = {"params": trained[-2:]}  # registered last
+    last = {"params": trained[-2:]}
     if not model.causal:
-        head["lr"] = 0.008  # a ViT's is new, and should not decide which rate is best
-    optimizer = torch.optim.Adam([{"params": trained[:-2]}, head], rate)
+        last["lr"] = 0.008  # the new head of a ViT; it should not decide which rate is best
+    optimizer = torch.optim.Adam([{"params": trained[:-2]}, last], rate)
 
     def factor(step):
         warm_up = min(1, 10 * (step + 1) / steps)
@@ -242,7 +242,7 @@ def train(model, part, rate, steps, seed, test=None):
         x, y = part[0][rows], part[1][rows]
         optimizer.zero_grad()
         loss_of(model, x, y).backward()
-        nn.utils.clip_grad_norm_(trained, 1.0).item()  # which waits for a GPU
+        nn.utils.clip_grad_norm_(trained, 1.0).item()  # waits until a GPU has finished
         optimizer.step()
         schedule.step()
         seconds.append(time.perf_counter() - start)
@@ -264,20 +264,22 @@ def pretrain(task, seed=0):
     """Make the base, unless it is in .cache -> its file, its test loss on the old task."""
     torch.set_num_threads(1)  # the fastest for models so small
     part, _, test = data(task, new=False)
-    torch.manual_seed(seed)
-    model = Transformer(task).to(DEVICE)
     key = hashlib.sha256(part[0].cpu().numpy().tobytes())  # all that makes the base
-    key.update(f"{seed} {WIDTH} {LAYERS} {PRETRAINING} {WINDOWS} {IMAGES} {DEVICE}".encode())
-    for code in (Block, Transformer, loss_of, train, pretrain):
+    numbers = seed, WIDTH, LAYERS, PRETRAINING, WINDOWS, IMAGES, DEVICE, torch.__version__
+    key.update(repr(numbers).encode())
+    for code in (texts, glyphs, Block, Transformer, loss_of, train, pretrain):
         key.update(source(code).encode())
     path = Path(__file__).parent / f".cache/{task}-{key.hexdigest()[:12]}.pt"
-    if path.exists():
-        model.load_state_dict(torch.load(path, map_location=DEVICE))
-    else:
+    if not path.exists():
+        torch.manual_seed(seed)
+        model = Transformer(task).to(DEVICE)
         train(model, part, 0.003 * min(1, 96 / WIDTH), PRETRAINING, seed)
         path.parent.mkdir(exist_ok=True)
-        torch.save(model.state_dict(), path)
-    return path, evaluate(model, test)
+        unfinished = path.with_suffix(".part")
+        torch.save(model.state_dict(), unfinished)
+        unfinished.replace(path)
+    base, _ = load(task, path)
+    return path, evaluate(base, test)
 
 
 # ---- 5. Experiment -----------------------------------------------------------------------------
@@ -293,14 +295,14 @@ def load(task, path):
 
 
 def prepare(base, adapt, examples, seed):
-    """-> a copy of the base, made ready to train; the seconds that this took."""
+    """-> a copy of the base, made ready to train by adapt; adapt's seconds."""
     model = copy.deepcopy(base)
     torch.manual_seed(seed)
     if not model.causal:
         model.head.reset_parameters()  # new, and the same for all methods
     start = time.perf_counter()
     adapt(model, examples)
-    next(model.parameters()).sum().item()  # which waits for a GPU
+    next(model.parameters()).sum().item()  # waits until a GPU has finished
     seconds = time.perf_counter() - start
     if not model.causal:
         model.head.requires_grad_(True)
@@ -317,13 +319,13 @@ def run(job):
     return [evaluate(model, validation), *curve]
 
 
-def parallel(pool, function, jobs):
-    """[function(job)] by the pool's processes."""
+def parallel(pool, function, jobs, title):
+    """[function(job)] by the pool's processes; it prints how long that will take."""
     start, results = time.monotonic(), []
     for result in pool.map(function, jobs):
         results.append(result)
         left = (time.monotonic() - start) * (len(jobs) / len(results) - 1)
-        print(f"\r{left:5.0f} s left ", end="\r", file=sys.stderr)
+        print(f"{title}: {left:.0f} s left{' ':20}", end="\r", file=sys.stderr)
     return results
 
 
@@ -346,20 +348,18 @@ class Result(NamedTuple):
     rate: float  # the best
     curves: np.ndarray  # (seeds, points), test losses at that rate
     setup: float  # seconds
-    step: float
+    step: float  # seconds
 
 
 def experiment(pool, task, path):
     """{method: Result}"""
-    jobs = []
-    for name, (_, rates) in METHODS.items():
-        jobs += [(task, path, name, rate, seed) for rate in rates for seed in range(SEEDS)]
-    losses = iter(parallel(pool, run, jobs))
-    seconds = timing(task, path)
+    seconds = timing(task, path)  # before the pool's processes are busy
     results = {}
     for name, (_, rates) in METHODS.items():
-        runs = [[next(losses) for seed in range(SEEDS)] for rate in rates]
-        runs = np.nan_to_num(runs, nan=np.inf)  # (rates, seeds, 1 + points)
+        jobs = [(task, path, name, rate, seed) for rate in rates for seed in range(SEEDS)]
+        losses = parallel(pool, run, jobs, f"{task}, {name}")
+        runs = np.reshape(losses, (len(rates), SEEDS, -1))
+        runs = np.nan_to_num(runs, nan=np.inf, posinf=np.inf)  # has diverged
         means = runs[:, :, 0].mean(axis=1)
         best = means.argmin()
         grid = dict(zip(rates, means, strict=True))
@@ -404,7 +404,7 @@ def mean_error(values, digits):
 
 def print_grids(results):
     """Validation losses at all rates."""
-    print("validation loss at each rate; * the best, ! the best, but at the end of the grid")
+    print("validation loss at each rate; * the best; ! the best, but at the end of the grid")
     for name, method in results.items():
         mark = "!" if method.rate in (min(method.grid), max(method.grid)) else "*"
         print(f"  {name:18}", end="")
@@ -414,7 +414,7 @@ def print_grids(results):
 
 
 def print_chart(lines, width=70):
-    """{letter: losses} as text: a row for each point but the first; the lower, the further left."""
+    """{letter: losses} as text, the lower, the further left; not the first point, far above."""
     losses = np.array([*lines.values()])[:, 1:]
     low, high = losses.min(), losses.max()
     print(f"\n  step  loss {low:<8.3f}{high:>{width - 13}.3f}")
@@ -427,8 +427,8 @@ def print_chart(lines, width=70):
 
 def print_table(results, reference):
     """A row for each method; set-up and a step are counted in the reference's steps."""
-    print("\n                                        to the best LoRA's final loss")
-    print("method              rate       test loss     steps   time     a step  set-up")
+    print("\n                              to the best LoRA's final loss")
+    print("method              rate       test loss   steps   time    a step  set-up")
     for name, method in results.items():
         steps, share = race(method, reference)
         reached = "not all seeds"
@@ -445,13 +445,13 @@ def report(results):
     lora, aira = results[name], results["AIRA"]
     lines = {"f": results["full fine-tuning"], "L": lora, "A": aira}
     print_grids(results)
-    print(f"\nf: full fine-tuning, L: {name}, A: AIRA")
+    print(f"\nf: full fine-tuning; L: {name}; A: AIRA")
     print_chart({letter: method.curves.mean(axis=0) for letter, method in lines.items()})
     print_table(results, lora)
 
     less = lora.curves[:, -1] - aira.curves[:, -1]
     steps, share = race(aira, lora)
-    print(f"\nThe final loss of {name}, the best LoRA, less that of AIRA: {mean_error(less, 3)}.")
+    print(f"\nThe final loss of the best LoRA less that of AIRA: {mean_error(less, 3)}")
     if SMOKE:
         print("This was a smoke run: it compares nothing.")
     elif abs(np.mean(less)) < 2 * error(less):
@@ -459,6 +459,8 @@ def report(results):
     elif max(steps) < math.inf:
         print(f"AIRA reached it after {mean_error(steps, 0)} of {STEPS} steps,", end=" ")
         print(f"in {share:.0%} of its time.")
+    else:
+        print("AIRA did not reach it with all seeds.")
 
 
 def plot(file, found):
@@ -481,7 +483,7 @@ def plot(file, found):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--plot", metavar="FILE", help="draw the curves (needs matplotlib)")
     parser.add_argument("--smoke", action="store_true", help="does it run? It compares nothing")
     options = parser.parse_args()
@@ -492,7 +494,7 @@ def main():
     start = time.monotonic()
     found = {}
     with ProcessPoolExecutor(1 if DEVICE == "cuda" else 2, get_context("spawn")) as pool:
-        bases = parallel(pool, pretrain, TASKS)
+        bases = parallel(pool, pretrain, TASKS, "pretraining")
         for task, (path, loss) in zip(TASKS, bases, strict=True):
             found[task] = experiment(pool, task, path)
             print(f"\n{TASKS[task]}.\nOn its old task the base has a test loss of {loss:.3f}.\n")
