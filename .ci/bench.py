@@ -112,7 +112,7 @@ def tuned(function, scales, **options):
 HALF = RANK // 2
 LETTER = {"init": "svd", "importance": outlier_share}
 ROWS = {  # name: {scale: what makes a model ready}, a rate in the grid's middle, times the steps
-    "LoRA, tuned scale": (tuned(lora, (1, 2, 8)), 0.0113, 1),
+    "LoRA, tuned scale": (tuned(lora, (2, 4, 8, 16)), 0.008, 1),
     "AIRA": ({"": aira}, 0.0113, 1),
     "full fine-tuning": ({"": full}, 0.004, 1),
     "the abstract's letter": ({"": functools.partial(aira, **LETTER)}, 0.0028, 1),
@@ -125,10 +125,10 @@ ROWS = {  # name: {scale: what makes a model ready}, a rate in the grid's middle
     "AIRA, half rank": ({"": functools.partial(aira, rank=HALF)}, 0.0113, 1),
     "LoRA, tuned scale, half rank": (tuned(lora, (2, 8), rank=HALF), 0.0113, 1),
     "DoRA (PEFT)": (tuned(peft, (2, 8), use_dora=True), 0.008, 1),
-    "PiSSA (PEFT)": (tuned(peft, (1, 4), start="pissa"), 0.002, 1),
-    "EVA (PEFT)": (tuned(peft, (2, 8), start="eva"), 0.008, 1),
+    "PiSSA (PEFT)": (tuned(peft, (1,), start="pissa"), 0.008, 1),
+    "EVA (PEFT)": (tuned(peft, (2, 8), start="eva"), 0.0113, 1),
     "LoRA, scale 8, 4 x steps": (tuned(lora, (8,)), 0.0057, 4),
-    "AIRA, 4 x steps": ({"": aira}, 0.0057, 4),
+    "AIRA, 4 x steps": ({"": aira}, 0.008, 4),
 }
 REFERENCE = {4: "LoRA, scale 8, 4 x steps", 1: "LoRA, tuned scale"}
 
@@ -209,8 +209,8 @@ def minilm_aira(encoder, calibrate):
 
 MINILM = {  # name: what makes the encoder ready, rates; the LoRAs come first
     "LoRA, scale 2": (functools.partial(minilm_lora, scale=2), [0.001, 0.002, 0.004]),
-    "LoRA, scale 8": (functools.partial(minilm_lora, scale=8), [0.00025, 0.0005, 0.001]),
-    "AIRA": (minilm_aira, [0.00025, 0.0005, 0.001, 0.002]),
+    "LoRA, scale 8": (functools.partial(minilm_lora, scale=8), [0.000125, 0.00025, 0.0005]),
+    "AIRA": (minilm_aira, [0.00025, 0.0005, 0.001]),
     "full fine-tuning": (full, [0.0001, 0.0002, 0.0004]),
 }
 
