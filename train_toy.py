@@ -374,12 +374,6 @@ def experiment(pool, task, path):
 # ---- 6. Report ---------------------------------------------------------------------------------
 
 
-def best_lora(results):
-    """The name of the reference: LoRA with the scale that has the lowest validation loss."""
-    names = [name for name in results if name.startswith("LoRA")]
-    return min(names, key=lambda name: min(results[name].grid.values()))
-
-
 def steps_to(goal, curve):
     """Where a curve first comes down to the goal, linear between its points; inf if never."""
     lowest = np.minimum.accumulate(curve)
@@ -417,14 +411,14 @@ def print_grids(results):
         print()
 
 
-def print_chart(lines, width=70):
-    """{letter: losses} as text: a row for each point; the lower, the further left."""
-    losses = np.array([*lines.values()])
+def print_chart(methods, width=70):
+    """{letter: Result} -> a row for each point; the lower a loss, the further left its letter."""
+    losses = np.array([method.curves.mean(axis=0) for method in methods.values()])
     low, high = losses.min(), losses.max()
     print(f"\n  step  loss {low:<8.3f}{high:>{width - 13}.3f}")
     for step, at_step in zip(POINTS, losses.T, strict=True):
         row = [" "] * width
-        for letter, loss in zip(lines, at_step, strict=True):
+        for letter, loss in zip(methods, at_step, strict=True):
             row[round((loss - low) / (high - low) * (width - 1))] = letter
         print(f"{step:6}  {''.join(row)}")
 
@@ -445,12 +439,12 @@ def print_table(results, reference):
 
 def report(results):
     """All that is printed of one model."""
-    name = best_lora(results)
-    lora, aira = results[name], results["AIRA"]
-    lines = {"f": results["full fine-tuning"], "L": lora, "A": aira}
+    loras = [name for name in results if name.startswith("LoRA")]
+    best = min(loras, key=lambda name: min(results[name].grid.values()))  # on validation data
+    lora, aira = results[best], results["AIRA"]
     print_grids(results)
-    print(f"\nf: full fine-tuning; L: {name}; A: AIRA")
-    print_chart({letter: method.curves.mean(axis=0) for letter, method in lines.items()})
+    print(f"\nf: full fine-tuning; L: {best}; A: AIRA")
+    print_chart({"f": results["full fine-tuning"], "L": lora, "A": aira})
     print_table(results, lora)
 
     less = lora.curves[:, -1] - aira.curves[:, -1]
