@@ -127,10 +127,10 @@ ROWS = {  # name: {scale: what makes a model ready}, a rate in the grid's middle
     "DoRA (PEFT)": (tuned(peft, (2, 8), use_dora=True), 0.008, 1),
     "PiSSA (PEFT)": (tuned(peft, (1,), start="pissa"), 0.008, 1),
     "EVA (PEFT)": (tuned(peft, (2, 8), start="eva"), 0.0113, 1),
-    "LoRA, scale 8, 4 x steps": (tuned(lora, (8,)), 0.0057, 4),
+    "LoRA, tuned scale, 4 x steps": (tuned(lora, (4, 8)), 0.0057, 4),
     "AIRA, 4 x steps": ({"": aira}, 0.008, 4),
 }
-REFERENCE = {4: "LoRA, scale 8, 4 x steps", 1: "LoRA, tuned scale"}
+REFERENCE = {4: "LoRA, tuned scale, 4 x steps", 1: "LoRA, tuned scale"}
 
 
 # ---- The two models of train_toy.py --------------------------------------------------------------
@@ -179,10 +179,10 @@ def compare(pool, task):
         found = [(*search(pool, task, bases, name, scale), scale) for scale in variants]
         _, rate, losses[name], scale = min(found, key=lambda best: best[0])
         less = losses[REFERENCE[times]] - losses[name]
-        bases = error(less.reshape(BASES, SEEDS).mean(axis=1))
+        of_bases = error(less.reshape(BASES, SEEDS).mean(axis=1))
         print(
             f"| {name} | {scale} | {rate:.2g} | {losses[name].mean():.3f} | {less.mean():+.3f} "
-            f"| {bases:.3f} | {error(less):.3f} |",
+            f"| {of_bases:.3f} | {error(less):.3f} |",
             flush=True,
         )
 
