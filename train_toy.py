@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: MIT
-"""Which way of fine-tuning learns faster: LoRA, AIRA or full?  With two small transformers.
+"""Which way of fine-tuning learns faster: LoRA, AIRA or full?  Two small transformers try it.
 
     python train_toy.py                     # minutes on two CPU cores or a GPU; no downloads
     python train_toy.py --plot curves.png   # and draw it (needs matplotlib)
     python train_toy.py --smoke             # does it run?
 
-GPT: a language model over bytes has read Python's standard library and moves to C++, the headers of
-torch's core library.  ViT: a vision transformer tells 32 glyphs of straight strokes apart and moves
-to 32 others, of curved strokes and in negative, with a new head.  Each is pretrained once, and kept
-in .cache.  Other versions of Python and torch have other files, so numbers differ a little.
+GPT: a language model over bytes has learnt Python's standard library and moves to C++, the headers
+of torch's core library.  ViT: a vision transformer tells 32 glyphs of straight strokes apart and
+moves to 32 others, of curved strokes and in negative, with a new head.  Each is pretrained once, and
+kept in .cache.  Other versions of Python and torch have other files, so numbers differ a little.
 
-All methods see the same data in the same order: Adam, gradients clipped at norm 1, 10 % warm-up, a
-cosine to 10 %; a ViT's new head has a rate of its own.  Each method runs at every rate of its grid,
-with three seeds.  The rate (and LoRA's scale) with the best mean loss on validation data is taken,
-and the test losses of those same runs are shown.  Time is set-up + steps x the time of a step, both
-the fastest of some that run beforehand with nothing beside.
+All methods see the same data in the same order: Adam, gradients clipped at norm 1, 10 % warm-up,
+then a cosine down to 10 % of the rate; a ViT's new head has a rate of its own.  Each method runs at
+every rate of its grid, with three seeds.  The rate (and LoRA's scale) with the best mean loss on
+validation data is taken, and the test losses of those same runs are shown.  +- is the standard error
+over seeds; there is one base, .ci/bench.py has three.  Time counts set-up and steps; both are
+measured before, while nothing else runs, and the fastest of several is taken.
 """
 
 import argparse
@@ -57,7 +58,8 @@ TASKS = {
 
 
 # ---- 1. Methods --------------------------------------------------------------------------------
-# Each makes a model ready to train; examples is some of the training data.
+# Each makes a model ready to train; examples is some of the training data.  .ci/bench.py sets the
+# other arguments.
 
 TARGETS = ("qkv", "proj", "up", "down")  # all linear layers but the embedding and the head
 
