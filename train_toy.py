@@ -7,14 +7,14 @@
 
 GPT: a language model over bytes has learnt Python's standard library and moves to C++, the headers
 of torch's core library.  ViT: a vision transformer tells 32 glyphs of straight strokes apart and
-moves to 32 others, of curved strokes and in negative, with a new head.  Each is pretrained once, and
+moves to 32 others, of curved strokes and in negative, with a new head.  Each is pretrained once and
 kept in .cache.  Other versions of Python and torch have other files, so numbers differ a little.
 
 All methods see the same data in the same order: Adam, gradients clipped at norm 1, 10 % warm-up,
 then a cosine down to 10 % of the rate; a ViT's new head has a rate of its own.  Each method runs at
 every rate of its grid, with three seeds.  The rate (and LoRA's scale) with the best mean loss on
-validation data is taken, and the test losses of those same runs are shown.  +- is the standard error
-over seeds; there is one base, .ci/bench.py has three.  Time counts set-up and steps; both are
+validation data is taken, and the test losses of those same runs are shown; +- is their standard
+error over seeds, on one base (.ci/bench.py has three).  Time counts set-up and steps; both are
 measured before, while nothing else runs, and the fastest of several is taken.
 """
 
