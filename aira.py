@@ -68,10 +68,10 @@ not X and g: it is the closest that this file comes to the letter.  What each is
 .ci/bench.py as the test loss below LoRA's at its best rate and scale (GPT +-.003, ViT +-.02):
 
                        GPT    ViT                            GPT    ViT
-    AIRA              .011   .102          random start     .004   .006
-    without gains     .012   .103          equal ranks      .006   .124
-    without P        -.007   .020          outlier_share   -.004   .153
-    the letter       -.084   .026
+    AIRA              .011   .096          random start     .004  -.001
+    without gains     .012   .096          equal ranks      .006   .117
+    without P        -.007   .013          outlier_share   -.004   .146
+    the letter       -.084   .019
 
 So the start and P pay, ranks do on text, and the gains neither help nor hurt.
 
