@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""README's tables: python .ci/bench.py, some two hours on two cores; needs peft and attrs.
+"""README's tables: python .ci/bench.py, two and a half hours on two cores; needs peft, attrs.
 
 Rates are a factor of root two apart; a grid grows until its best rate is not at an end.  Each point
 has three bases, pretrained with seeds of their own, and three seeds on each.  The rate (and scale)
