@@ -5,7 +5,7 @@ An independent re-implementation of AIRA (Li et al., ICCV 2025) from its abstrac
 (github.com/lliai/LoRA-Zoo, folder aira) and a third-party port (github.com/ArkNightmaster/AIRA).
 We have not read the paper itself.
 
-    apply_aira(model, lambda: model(batch), rank=8)            # in place
+    apply_aira(model, calibrate=lambda: model(batch), rank=8)  # in place
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     ...                                                        # train as usual
     torch.save(aira_state_dict(model), "adapter.pt")
@@ -17,41 +17,31 @@ It trains two thin matrices beside it, A (r, in) and B (out, r):
 
     y = W x + (alpha / r) B A x       A starts at random, B at zero
 
-AIRA first runs the model on some data and looks at the inputs x of each layer.  Then it trains
+AIRA first runs the model on some data, to see the inputs x of each layer.  Then it trains
 
-    y = W x + B diag(g) A S^-1 x      S (in, in) is a square root of E[x x^T] in the k directions in
-                                      which x is largest, and the identity in all others
-                                      g (r,) are gains, in place of alpha / r
+    y = W x + B diag(g) A S^-1 x      S^-1 (in, in) shrinks x in the directions in which the inputs
+                                      are largest; it is fixed
+                                      g (r,) are gains, in place of alpha / r; they are fixed, too
 
-The abstract names three ideas.  The authors' code and this file differ in what they make of them.
+The abstract names three ideas, which the authors' code and this file carry out differently:
 
-1.  "Outlier-weighted SVD decomposition to reduce approximation errors in low-rank weight
-    initialization".  Authors: A and B start from the SVD of W.  Here: A starts from the SVD of W S,
-    in which the directions of large inputs weigh more.  B starts at zero, so nothing is
-    approximated; with init="svd" both start from the SVD.
-2.  "Outlier-driven dynamic rank assignment using offline optimization".  Both: once, before
-    training, the sum of importance * log(rank) is maximised within a budget of parameters.
-    Authors: the importance is the size of a layer's output, or the share of outliers among its
-    weights.  Here: it is the sum of the outliers.  The budget is that of LoRA, not less.
-3.  "Activation-informed training to amplify updates on significant weights".  Authors: outputs of
-    the adapter are multiplied by |W x|, scaled to 0 .. 1 over the batch, which cannot be merged
-    into W.  Here: g_i grows with the singular value sigma_i of W S.
+"Outlier-weighted SVD decomposition to reduce approximation errors in low-rank weight
+initialization"
+    authors   A and B start from the SVD of W.
+    here      A starts from the SVD of W S, and B at zero.  With init="svd" both start from it.
+"Outlier-driven dynamic rank assignment using offline optimization"
+    authors   Before training, maximise the sum of importance * log(rank) within a budget of
+              parameters.  The importance of a layer is the size of its output.
+    here      The importance is the sum of the layer's outliers (section 4).  The budget is that of
+              LoRA: as many parameters are trained, not fewer.
+"Activation-informed training to amplify updates on significant weights"
+    authors   The adapter's output is multiplied by |W x|, scaled to 0 .. 1.  Merging loses this.
+    here      Row i of A S^-1 x is multiplied by g_i, which grows with singular value i of W S.
 
-That S^-1 stays in the layer is our own.  Without it, the few directions in which x is largest would
-dominate the gradient of A.  With it, W changes less along these directions than in LoRA.
+S^-1 in the layer is our addition.  Without it, the few directions in which x is largest dominate
+the gradient of A.  With it, W changes *less* along these directions than in LoRA.
 
-Test losses of the two models of train_toy.py, by .ci/bench.py; +- are standard errors, over three
-base models, of the difference from AIRA.  The constants below were chosen on these two tasks.
-
-                                      text              images
-    LoRA, best scale and rate         2.098 +-.004      1.853 +-.03
-    AIRA                              2.078             1.689
-      with a random A                 2.088             1.837
-      with the SVD of W               2.082             1.714
-      with equal ranks                2.089             1.715
-      with equal gains                2.081             1.684
-      without S^-1                    2.114             1.874
-      with init="svd"                 2.114             1.794
+TABLE
 """
 
 import math
@@ -64,22 +54,18 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-# ---- 1. Inputs, and S --------------------------------------------------------------------------
-# In trained models x is many times larger in a few directions than in the others.  With k of these
-# directions as the rows of D (k, in), and with s_j for how many times larger x is along D_j,
+# ---- 1. S, the directions of large inputs ------------------------------------------------------
+# The inputs x of a trained layer are often many times larger in a few directions than in others.
+# Let the rows of D (k, in) be k such directions, orthonormal, and let s_j be the root mean square
+# (RMS) of x along D_j, relative to that along the directions which are not in D.
 #
 #     S    = I + D^T diag(s - 1) D        multiplies the part of x along D_j by s_j
 #     S^-1 = I + D^T diag(1/s - 1) D      divides it by s_j
 #
-# S S is then close to a multiple of E[x x^T], and S^-1 x is white, or equally large everywhere.
-#
-# D and s are found on a sample of the layer's inputs, with a row for each token or image patch.  A
-# few tokens, such as the first of a text, have huge inputs, and would decide alone which directions
-# are large.  So all rows of the sample are rescaled to the same root mean square (RMS).
+# Then z = S^-1 x has about the same RMS in all directions: it is nearly white.
 
-SAMPLE = 1024  # rows; half as many do as well
-DIRECTIONS = 4  # k is 4 r; 2 r loses .005 on text, 8 r gains nothing
-DAMPING = 0.3  # in units of the mean of E[x_i^2]; twice as much loses .02 on images
+DIRECTIONS_PER_RANK = 4  # k / r
+DAMPING = 0.3  # keeps s small where the inputs are close to zero in most directions
 
 
 def times_S(M, D, s):
@@ -87,48 +73,45 @@ def times_S(M, D, s):
     return M + ((M @ D.T) * (s - 1)) @ D
 
 
-def rescale_rows(inputs):
-    """inputs (n, in), with the median of the rows' RMS as the RMS of all rows."""
-    rms = inputs.float().square().mean(dim=1, keepdim=True).sqrt()
-    return (inputs * (rms.median() / rms)).to(inputs.dtype)
+def top_svd(matrix, number):
+    """The largest singular values of a matrix (m, n) and their vectors, as many as number says:
+    U (m, number), sigma (number,), V^T (number, n).
 
-
-def top_svd(matrix, k):
-    """The k largest singular values of matrix (m, n), and their vectors: U (m, k), sigma (k,) and
-    V^T (k, n).  They are approximate, because an exact SVD of a large layer takes too long.
+    A randomised SVD (Halko et al., 2011) approximates them much faster than an exact one.
     """
-    oversampled = min(k + 8, *matrix.shape)
+    oversampled = min(number + 8, *matrix.shape)
     with torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(0)  # svd_lowrank takes no generator
+        torch.manual_seed(0)  # for the same result each time; svd_lowrank takes no generator
         U, sigma, V = torch.svd_lowrank(matrix, oversampled, niter=1)
-    return U[:, :k], sigma[:k], V[:, :k].T.contiguous()
+    return U[:, :number], sigma[:number], V[:, :number].T.contiguous()
 
 
 def find_S(inputs, k):
-    """S as D (k, in) and s (k,), from rescaled inputs (n, in).
+    """S as D (k, in) and s (k,), from inputs (n, in), whose rows have all the same RMS.
 
-    D_j are the principal directions of the inputs and c_j their mean squares along D_j, in units in
-    which those along all directions have a mean of 1.  c_rest is their mean over the others.
+    D are the principal directions of the inputs, which are not centred.  c_j is the mean square of
+    the inputs along D_j, and c_rest its average over all directions that are not in D:
 
         s_j = max(1, sqrt((c_j + DAMPING) / (c_rest + DAMPING)))
     """
     X = inputs.float()
-    X = X / X.square().mean().sqrt()
-    n, width = X.shape
-    _, _, D = top_svd(X[: n - n // 2], k)
-    c = (X[n // 2 :] @ D.T).square().mean(dim=0)  # on other rows, as D is fitted to the first
+    X = X / X.square().mean().sqrt()  # mean squares in all directions now add up to the width
+    width = X.shape[1]
+    half = (len(X) + 1) // 2
+    _, _, D = top_svd(X[:half], k)
+    c = (X[-half:] @ D.T).square().mean(dim=0)  # on the other half: D fits the noise of the first
     c_rest = (width - c.sum()) / (width - len(D))
     return D, ((c + DAMPING) / (c_rest + DAMPING)).sqrt().clamp_min(1)
 
 
 # ---- 2. Outlier-weighted SVD -------------------------------------------------------------------
-# With z = S^-1 x, the output of the layer is W x = W S z.  If z is white, the mean square of
-# (W S - M) z is the square of the Frobenius norm of W S - M.  By the Eckart-Young theorem, the best
-# M of rank r has the r largest singular values of W S = U diag(sigma) V^T, and their vectors.  So
-# W x can best be computed from the r functions V^T z of the input, and A starts at this V^T.
+# In terms of z = S^-1 x, the layer computes W x = (W S) z.  The rows of A choose r features of z.
+# Which r features tell most about the output?  If z is white, E|(W S - M) z|^2 is ||W S - M||^2
+# (Frobenius norm).  By the Eckart-Young theorem, the best M of rank r keeps the r largest singular
+# values of W S = U diag(sigma) V^T.  Its features are V^T z, so A starts at V^T.
 #
-# Like PiSSA (2404.02948), which takes the SVD of W, we assume that a change of W x can be computed
-# from them, too.  ASVD (2312.05821) and CorDA (2406.05223) weight the SVD as well.
+# Features that tell most about the output need not be the best for changing it.  Like PiSSA (arXiv
+# 2404.02948), which takes the SVD of W, we assume that they are good; "random A" above tests it.
 
 
 def outlier_weighted_svd(
@@ -138,19 +121,21 @@ def outlier_weighted_svd(
     return top_svd(times_S(W.float(), D, s), rank)
 
 
-# ---- 3. The layer ------------------------------------------------------------------------------
-# sigma_i is the RMS of what row i of V^T contributes to W x: the larger, the more significant.  In
-# PiSSA, row i of A and column i of B start with a factor of sqrt(sigma_i), which multiplies the
-# gradient of the other.  Here g_i, in proportion to sqrt(sigma_i), multiplies both.  Adam divides
-# gradients by their size, but g_i also multiplies the output: with twice the gain, a step of Adam
-# changes it twice as much.
+# ---- 3. The layer, and its gains ---------------------------------------------------------------
+# Feature i of z adds sigma_i^2 to E|W x|^2: the larger sigma_i, the more significant the feature.
+#
+#     g_i = MEAN_GAIN * sqrt(sigma_i) / (the mean of all sqrt(sigma))
+#
+# A step of Adam is about equally large for all entries of A and B.  As the layer multiplies feature
+# i by g_i, the step changes the output through this feature in proportion to g_i.  In PiSSA, the
+# factors sqrt(sigma_i) with which A and B start have a similar effect.
 
-SCALE = 4.0  # the mean of the gains; 8 loses .010 on text and .04 on images, 2 loses nothing
+MEAN_GAIN = 4.0
 
 
 def is_linear(module):
-    """Whether it is nn.Linear, or Conv1D of Hugging Face's GPT-2, and not a subclass of them, which
-    may be quantised, or lend its weight to another module.
+    """Whether it is nn.Linear, or Conv1D of Hugging Face's GPT-2.  Subclasses are not meant: they
+    may be quantised, or used by other modules in their own way (as in nn.MultiheadAttention).
     """
     is_Conv1D = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
     return type(module) is nn.Linear or is_Conv1D
@@ -165,12 +150,12 @@ class AiraLinear(nn.Module):
     """y = base_layer(x) + B diag(g) A S^-1 x
 
     base_layer          the model's own layer, which is not changed
-    lora_A (r, in)      A
-    lora_B (out, r)     B
+    lora_A (r, in)      A, in float32
+    lora_B (out, r)     B, in float32
     gains (r,)          g
     directions (k, in)  D
     shrink (k,)         1/s
-    start_A, start_B    with init="svd": A and B diag(g) before training
+    start_A, start_B    A and B diag(g) before training, with init="svd"
     """
 
     def __init__(
@@ -187,16 +172,16 @@ class AiraLinear(nn.Module):
         self.register_buffer("start_B", start_B)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """The adapter as a plain LoRA: B' (out, r') and A' (r', in) of y = base_layer(x) + B' A' x.
+        """B' (out, r') and A' (r', in) of the plain LoRA y = base_layer(x) + B' A' x.
 
-        r' is r.  With init="svd" it is 2 r, because the product of the first A and B is subtracted.
+        r' is r, and 2 r with init="svd".
         """
         A, B = self.lora_A, self.lora_B * self.gains
         if self.start_A is not None:
-            # B A - B0 A0 = B (A - A0) + (B - B0) A0
+            # B A - start_B start_A, in a form that is exactly zero before training
             A = torch.cat([A - self.start_A, self.start_A])
             B = torch.cat([B, B - self.start_B], dim=1)
-        with torch.autocast(A.device.type, enabled=False):  # S^-1 needs more digits than bfloat16's
+        with torch.autocast(A.device.type, enabled=False):  # shrinking is a subtraction
             return B, times_S(A, self.directions, self.shrink)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -205,7 +190,7 @@ class AiraLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The merged weight: for merge_aira, and for models that read the weight of a layer."""
+        """The merged weight, for merge_aira, and for models that read it (T5, for example)."""
         B, A = self.factors()
         W = self.base_layer.weight
         with torch.autocast(A.device.type, enabled=False):
@@ -218,11 +203,11 @@ class AiraLinear(nn.Module):
 
 
 def make_adapter(layer, inputs, rank, init):
-    """The AiraLinear of a layer before training, from rescaled inputs (n, in)."""
-    D, s = find_S(inputs, k=min(DIRECTIONS * rank, inputs.shape[1] // 2))
+    """The AiraLinear of a layer before training, from inputs (n, in) as for find_S."""
+    D, s = find_S(inputs, k=min(DIRECTIONS_PER_RANK * rank, inputs.shape[1] // 2))
     U, sigma, Vt = outlier_weighted_svd(weight_of(layer), D, s, rank)
     gains = sigma.clamp_min(0.01 * sigma[0] + 1e-30).sqrt()  # with a gain of 0 nothing is learned
-    gains = SCALE * gains / gains.mean()
+    gains = MEAN_GAIN * gains / gains.mean()
     if init == "svd_A":
         return AiraLinear(layer, Vt, torch.zeros_like(U), gains, D, 1 / s)
     B = U * sigma / gains
@@ -230,44 +215,44 @@ def make_adapter(layer, inputs, rank, init):
 
 
 # ---- 4. Ranks ----------------------------------------------------------------------------------
-# W_ij adds W_ij x_j to output i, with an RMS of |W_ij| rms_j.  As in OWL (2310.05175), W_ij is an
-# outlier if this is above a multiple of its mean over the layer.  The importance of a layer is the
-# sum of |W_ij| rms_j over its outliers, divided by the number of outputs: without the division,
-# wide layers would take rank from the others.
+# W_ij adds W_ij x_j to output i of a layer; the product |W_ij| rms(x_j) tells how much.  As in OWL
+# (arXiv 2310.05175), W_ij is an outlier if its product is above OUTLIER_RATIO times the mean of all
+# products.  The importance of the layer is what its outliers add to an output: the sum of their
+# products, divided by the number of outputs.
 #
-# Raising a rank by one costs in + out parameters, and helps less the higher the rank is.  As in the
-# authors' code, log(rank) stands for how much it helps.  The best ranks
+# Another unit of rank costs in + out parameters, and helps less if the layer has many already.  As
+# in the authors' code, log(rank) stands for how much the rank helps.  Then the best ranks
 #
 #     maximise    sum of importance * log(rank)
 #     subject to  sum of (in + out) * rank <= budget ,    1 <= rank <= max_rank
 #
-# knapsack_ranks finds them.  greedy_ranks comes close, and takes no time.
+# greedy_ranks comes close to them in a moment, knapsack_ranks finds them.
 
-OUTLIER = 2.0  # times the mean; 4 loses .020 on text and .05 on images (OWL takes 5)
-MAX_RANK = 2  # times the rank that LoRA would have, as in the authors' code; 4 changes nothing
+OUTLIER_RATIO = 2.0  # OWL takes 5, which on models as small as train_toy.py's does not work
+MAX_RANK_RATIO = 2  # max_rank / the rank that all layers of LoRA would have; from the authors' code
 
 
 def importance(W: Tensor, magnitude: Tensor) -> float:
     """The importance of a layer, from W (out, in) and the RMS (in,) of each input x_j."""
     products = W.float().abs() * magnitude
-    outliers = products > OUTLIER * products.mean()
+    outliers = products > OUTLIER_RATIO * products.mean()
     return float((products * outliers).sum()) / len(W)
 
 
 def greedy_ranks(
     importances: list[float], costs: list[int], budget: int, max_ranks: list[int]
 ) -> list[int]:
-    """Starts at rank 1 and repeatedly raises the rank that gains most for its parameters.
+    """Starts at rank 1 and repeatedly raises the rank that helps most for its parameters.
 
-    importances, costs (parameters of one unit of rank) and max_ranks have an entry for each layer;
-    the budget must pay for rank 1 in all.
+    importances, costs (the parameters of one unit of rank) and max_ranks have an entry for each
+    layer.  The budget (parameters) must be at least sum(costs).
     """
     ranks = [1] * len(costs)
     left = budget - sum(costs)
     growing = list(range(len(costs)))
 
-    def benefit(layer):
-        return importances[layer] * math.log(1 + 1 / ranks[layer]) / costs[layer]
+    def benefit(i):
+        return importances[i] * math.log((ranks[i] + 1) / ranks[i]) / costs[i]
 
     while growing:
         best = max(growing, key=benefit)
@@ -282,11 +267,11 @@ def greedy_ranks(
 def knapsack_ranks(
     importances: list[float], costs: list[int], budget: int, max_ranks: list[int]
 ) -> list[int]:
-    """The exact optimum, by dynamic programming; arguments and result as for greedy_ranks.
+    """The exact optimum, by dynamic programming.  Arguments and result are those of greedy_ranks.
 
-    It takes 8 bytes per layer and unit of the budget, which is the costs' greatest common divisor.
+    Memory grows with layers * budget / unit, to gigabytes for billions of weights.
     """
-    unit = math.gcd(*costs)
+    unit = math.gcd(*costs)  # of the budget
     size = budget // unit + 1
     best = np.zeros(size)  # best[b]: the optimum for a budget of b units and the layers so far
     choices = []  # choices[layer][b]: the rank of the layer in that optimum
@@ -316,7 +301,7 @@ def find_layers(model, targets, exclude):
     for name, module in model.named_modules():
         if not is_linear(module) or module in exclude or module is model:
             continue
-        # Merging into a weight that is used twice would change another module, too.
+        # A weight that another module uses, too, cannot be merged into.
         if uses[module.weight.data_ptr()] == 1:
             layers[name] = module
     if targets is None:
@@ -333,6 +318,9 @@ def find_layers(model, targets, exclude):
     return chosen
 
 
+SAMPLE = 1024  # rows of a layer's inputs that are kept: one for each token or image patch
+
+
 class Recorder:
     """A forward hook that keeps a uniform sample of the rows that enter a layer."""
 
@@ -345,7 +333,7 @@ class Recorder:
         x = args[0].detach()
         # nn.TransformerEncoder makes nested tensors of batches with padding.
         x = torch.cat(x.unbind()) if x.is_nested else x.reshape(-1, x.shape[-1])
-        x = x[x.any(dim=1)]  # rows of zeros cannot be rescaled
+        x = x[x.any(dim=1)]  # without rows of zeros
         # Reservoir sampling: every row has a random key, and those with the largest keys are kept.
         rows = torch.cat([self.rows, x])
         new = torch.rand(len(x), generator=self.generator, device="cpu")
@@ -354,8 +342,17 @@ class Recorder:
         self.rows, self.keys = rows[kept], keys[kept]
 
 
+def rescale_rows(inputs):
+    """Scales the rows of inputs (n, in) to the same RMS, which is the median of theirs.
+
+    Otherwise a few tokens with huge inputs, such as the first of a text, would dominate S.
+    """
+    rms = inputs.float().square().mean(dim=1, keepdim=True).sqrt()
+    return (inputs * (rms.median() / rms)).to(inputs.dtype)
+
+
 def record(model, layers, calibrate):
-    """Runs calibrate.  Returns {name: sample (n, in)} of the layers that it reached, rescaled."""
+    """Runs calibrate.  Returns {name: inputs (n, in)} of the layers that it ran, for find_S."""
     recorders = {name: Recorder(layer) for name, layer in layers.items()}
     modes = {module: module.training for module in model.modules()}
     hooks = []
@@ -393,17 +390,17 @@ def assign_ranks(layers, inputs, rank, allocate):
         if not math.isfinite(importances[-1]):
             raise ValueError(f"NaN or inf in the weight or the inputs of {name}")
         costs.append(sum(W.shape))
-        max_ranks.append(min(MAX_RANK * rank, *W.shape))
+        max_ranks.append(min(MAX_RANK_RATIO * rank, *W.shape))
     ranks = allocate(importances, costs, rank * sum(costs), max_ranks)
     return dict(zip(inputs, ranks, strict=True))
 
 
-def replace(model, new):
-    """Replaces each module that is a key of new, wherever the model has it."""
+def replace(model, replacements):
+    """Replaces modules, wherever the model has them, by {old: new}."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if child in new:
-                setattr(parent, name, new[child])
+            if child in replacements:
+                setattr(parent, name, replacements[child])
 
 
 def check_model(model):
@@ -431,12 +428,12 @@ def apply_aira(
 
     calibrate    a function that runs the model on a few thousand rows (tokens, image patches) of
                  the training data, with little padding
-    rank         at most as many parameters are trained as in LoRA with this rank in all layers
+    rank         the budget is the number of parameters that LoRA has with this rank in all layers
     targets      the layers to adapt, by the ends of their names: ["q_proj", "v_proj"].  By default
                  all linear layers except the head of a language model
     also_train   modules to train in full, such as a new head: ["classifier"]
-    init         "svd_A": A starts from the SVD and B at zero.  "svd": both start from it; set
-                 weight_decay=0 then, which would shrink A and B, but not what is subtracted
+    init         "svd_A": A starts from the SVD and B at zero.  "svd": both start from it.  Weight
+                 decay would then shrink A and B, but not what is subtracted: set it to 0
     allocate     greedy_ranks or knapsack_ranks
 
     Call it before you make the optimizer and before torch.compile and DDP, and not inside autocast.
@@ -447,8 +444,8 @@ def apply_aira(
     if init not in ("svd_A", "svd"):
         raise ValueError(f"{init=} must be 'svd_A' or 'svd'")
     check_model(model)
-    in_full = [also_train] if isinstance(also_train, str) else also_train
-    full = nn.ModuleList(model.get_submodule(name) for name in in_full)
+    names = [also_train] if isinstance(also_train, str) else also_train
+    full = nn.ModuleList(model.get_submodule(name) for name in names)
 
     layers = find_layers(model, targets, set(full.modules()))
     inputs = record(model, layers, calibrate)
@@ -473,29 +470,29 @@ def find_adapters(model):
 
 
 def remove_aira(model: nn.Module) -> None:
-    """Puts the model's own layers back, whose weights have not changed.  They stay frozen."""
+    """Puts the model's own layers back, in the place of the adapters.  They stay frozen."""
     replace(model, {adapter: adapter.base_layer for adapter in find_adapters(model)})
 
 
 @torch.no_grad()
 def merge_aira(model: nn.Module) -> None:
-    """Adds the adapters to the weights of the model's own layers, and removes them."""
+    """Adds the adapters to the weights of the model's own layers, then removes the adapters."""
     for adapter in find_adapters(model):
         adapter.base_layer.weight.copy_(adapter.weight)
     remove_aira(model)
 
 
 def aira_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Copies, on the CPU, of the adapters, of other parameters that require gradients, and of all
-    buffers, as training may change them, too (BatchNorm's).
+    """What training may have changed, copied to the CPU: adapters, other parameters that require
+    gradients, and all buffers (such as BatchNorm's statistics).
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
     if not all(adapter.lora_A.requires_grad for adapter in find_adapters(model)):
-        raise ValueError("save before you freeze: what is frozen would be left out")
+        raise ValueError("adapters are frozen: save before, as frozen parameters are left out")
     state = {}
-    # nn.Module's own method: model.state_dict may have been replaced, for example by this function.
+    # Not model.state_dict(): to save only adapters, Trainer's users let that call this function.
     for name, tensor in nn.Module.state_dict(model, keep_vars=True).items():
         frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
         if isinstance(tensor, Tensor) and not frozen:
@@ -505,10 +502,10 @@ def aira_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_aira(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Adds the adapters of an aira_state_dict to the base model, to use them or to train on.
+    """Adds the adapters of an aira_state_dict to the base model, for use or for more training.
 
-    ValueError, and the model is as before, if names or shapes do not fit.  A base model with other
-    weights of the same shapes is not noticed.
+    If names or shapes do not fit, it raises ValueError and leaves the model as before.  It does not
+    notice a base model with the same shapes but other weights.
     """
     check_model(model)
     own = nn.Module.state_dict(model)
@@ -521,7 +518,7 @@ def load_aira(model: nn.Module, state: dict[str, Tensor]) -> None:
         if name in parts:
             parts[name][part] = tensor.clone()
             continue
-        original = own.get(key.replace(".base_layer", ""))  # of a bias next to an adapter
+        original = own.get(key.replace(".base_layer", ""))  # a bias that was trained, too
         if original is None or original.shape != tensor.shape:
             raise ValueError(f"{key} {tuple(tensor.shape)} does not fit the model")
 

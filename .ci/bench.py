@@ -78,7 +78,7 @@ def changed(change=None, **functions):
     """AIRA with other functions in aira.py, and with change(layer) applied to adapted layers."""
 
     def prepare(model, examples):
-        with mock.patch.multiple(aira, **functions):
+        with mock.patch.dict(vars(aira), functions):
             train_toy.aira(model, examples)
         for layer in model.modules():
             if change and isinstance(layer, aira.AiraLinear):
@@ -113,7 +113,7 @@ def random_start(layer):
 
 
 def equal_gains(layer):
-    layer.gains.fill_(aira.SCALE)
+    layer.gains.fill_(aira.MEAN_GAIN)
 
 
 def loras(**options):

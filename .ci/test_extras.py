@@ -105,22 +105,34 @@ def test_models_train_load_merge_and_come_back(name, init):
     assert str(frozen) == str({key: base.state_dict()[key] for key in frozen})
 
 
-def test_generation_is_the_same_after_merging():
-    model, batch, _ = build("T5ForConditionalGeneration")
-    apply_aira(model, lambda: model(**batch))
-    train(model, batch, steps=9)
-    words = model.generate(IDS, max_new_tokens=8)
-    merge_aira(model)
-    assert torch.equal(model.generate(IDS, max_new_tokens=8), words)
-
-
-# ---- README's export to PEFT -------------------------------------------------------------------
+# ---- README's code -----------------------------------------------------------------------------
 
 
 def snippet(words):
     """The code in README that contains these words."""
     blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
     return next(code for code in (block.split("```")[0] for block in blocks) if words in code)
+
+
+def test_readme_usage(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(snippet("mse_loss"), names)
+    close(names["base"](names["x"]), names["model"](names["x"]))
+
+
+def test_readme_with_hugging_face(tmp_path, monkeypatch):
+    pytest.importorskip("accelerate")
+    monkeypatch.chdir(tmp_path)
+    model, batch, _ = build("BertForSequenceClassification")
+    model.bert.save_pretrained("base")  # without the head, which is drawn anew each time
+    data = [{key: value[i % 8] for key, value in batch.items()} for i in range(64)]
+    training, loading = snippet("TrainingArguments").split("# In a new process:")
+    names = {"BASE": "base", "data": data}
+    exec(training, names)
+    trained = names["model"].eval().cpu()
+    exec(loading, names)
+    close(logits_of(names["model"].eval(), batch), logits_of(trained, batch))
 
 
 @every_init
@@ -134,7 +146,7 @@ def test_readme_exports_to_peft(name, init, tmp_path, monkeypatch):
     train(model, batch)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT sets fan_in_fan_out for Conv1D itself, and says so
-        exec(snippet("LoraConfig"), {"model": model, "base_model": base})
+        exec(snippet("LoraConfig"), {"model": model, "base": base})
         there = peft.PeftModel.from_pretrained(fresh, "adapter")
     close(logits_of(there, batch), logits_of(model, batch))
     merge_aira(model)
