@@ -378,16 +378,17 @@ def test_all_that_trains_is_saved_and_loads(net, x):
     base = copy.deepcopy(model)
     adapt(model, x, targets="up", also_train="2")
     model[1].up.base_layer.bias.requires_grad_(True)
+    model[1].up.lora_A.requires_grad_(False)
     train(model, x)
     model.state_dict = lambda: aira.aira_state_dict(model)  # so that others save no more
     state = model.state_dict()
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trained | {"0.running_mean", "1.up.gains"} < set(state)
+    assert trained | {"0.running_mean", "1.up.gains", "1.up.lora_A"} < set(state)
     assert "1.down.weight" not in state
     aira.load_aira(base, state)
-    assert trained == {name for name, p in base.named_parameters() if p.requires_grad}
+    assert trained < {name for name, p in base.named_parameters() if p.requires_grad}
     assert torch.equal(base.eval()(x), model.eval()(x))
-    with pytest.raises(ValueError, match="adapters are frozen"):
+    with pytest.raises(ValueError, match="before you freeze"):
         aira.aira_state_dict(model.requires_grad_(False))
 
 
@@ -397,6 +398,7 @@ BROKEN = [  # what the error must name; a tensor of the file, and its new shape 
     ("head.bias .7,", "head.bias", (7,)),
     ("side.bias .7,", "side.bias", (7,)),
     ("no linear layer side", "side.lora_A", (7,)),
+    ("up.base_layer.weight", "up.base_layer.weight", (24, 10)),  # of a whole model
 ]
 
 
@@ -415,6 +417,10 @@ def test_a_file_that_does_not_fit_is_named_and_changes_nothing(net, x, words, ke
 
 
 def test_no_second_adapters(net, x):
+    net.other = nn.ModuleDict({"lora_A": nn.Linear(3, 3)})  # as in PEFT
+    with pytest.raises(ValueError, match="has adapters"):
+        adapt(net, x)
+    del net.other
     with pytest.raises(ValueError, match="no adapters"):
         aira.load_aira(net, net.state_dict())
     adapt(net, x)

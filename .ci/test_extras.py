@@ -25,7 +25,9 @@ every_init = pytest.mark.parametrize("init", ["svd_A", "svd"])
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def start(tmp_path, monkeypatch):
+    """Each test has a folder of its own."""
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
 
 
@@ -114,16 +116,14 @@ def snippet(words):
     return next(code for code in (block.split("```")[0] for block in blocks) if words in code)
 
 
-def test_readme_usage(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_readme_usage():
     names = {}
     exec(snippet("mse_loss"), names)
     close(names["base"](names["x"]), names["model"](names["x"]))
 
 
-def test_readme_with_hugging_face(tmp_path, monkeypatch):
+def test_readme_with_hugging_face():
     pytest.importorskip("accelerate")
-    monkeypatch.chdir(tmp_path)
     model, batch, _ = build("BertForSequenceClassification")
     model.bert.save_pretrained("base")  # without the head, which is drawn anew each time
     data = [{key: value[i % 8] for key, value in batch.items()} for i in range(64)]
@@ -137,9 +137,8 @@ def test_readme_with_hugging_face(tmp_path, monkeypatch):
 
 @every_init
 @every_model
-def test_readme_exports_to_peft(name, init, tmp_path, monkeypatch):
+def test_readme_exports_to_peft(name, init):
     peft = pytest.importorskip("peft")
-    monkeypatch.chdir(tmp_path)
     model, batch, options = build(name)
     base, fresh = copy.deepcopy(model), copy.deepcopy(model)
     apply_aira(model, lambda: model(**batch), targets=options.get("targets"), init=init)
@@ -251,28 +250,23 @@ def test_two_processes_train_one_adapter(tmp_path):
 # ---- train_toy.py ------------------------------------------------------------------------------
 
 
-def test_toy_lora_is_pefts_step_for_step():
+def test_toy_lora_is_pefts_step_for_step(monkeypatch):
     """The same start, data and optimizer: the same losses."""
     peft = pytest.importorskip("peft")
+    monkeypatch.setattr(train_toy, "EVERY", 1)
     ours = train_toy.Transformer("gpt")
-    theirs = copy.deepcopy(ours)
+    theirs = copy.deepcopy(ours).requires_grad_(False)
     train_toy.lora(ours, None)
-    rank = train_toy.RANK
-    scale = ours.blocks[0].qkv.scale
-    config = peft.LoraConfig(r=rank, lora_alpha=scale * rank, target_modules=train_toy.TARGETS)
-    peft.inject_adapter_in_model(config, theirs.requires_grad_(False))
+    rank, names = train_toy.RANK, train_toy.TARGETS
+    alpha = train_toy.SCALES["gpt"] * rank
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=names)
+    peft.inject_adapter_in_model(config, theirs)
     for name, layer in theirs.named_modules():
-        if name.endswith(tuple(train_toy.TARGETS)):
+        if name.endswith(tuple(names)):
             layer.lora_A.default.weight.data.copy_(ours.get_submodule(name).A.weight)
     x = torch.randint(256, (16, 64))
-    losses = []
-    for model in (ours, theirs):
-        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.01)
-        for _ in range(8):
-            optimizer.zero_grad()
-            loss = train_toy.loss_of(model, x, x.roll(-1, 1))
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-    assert losses[7] < losses[0]
-    assert losses[:8] == pytest.approx(losses[8:], rel=1e-5)
+    data = x, x.roll(-1, 1)
+    one, _ = train_toy.train(ours, data, 0.01, 8, 0, test=data)
+    two, _ = train_toy.train(theirs, data, 0.01, 8, 0, test=data)
+    assert one[-1] < one[0]
+    assert one == pytest.approx(two, rel=1e-5)
