@@ -17,40 +17,32 @@ It trains two thin matrices beside it, A (r, in) and B (out, r):
 
     y = W x + (alpha / r) B A x       A starts at random, B at zero
 
-AIRA first runs the model on some data, to see the inputs x of each layer.  Then it trains
+This file first runs the model on some data, to see the inputs x of each layer.  Then it trains
 
-    y = W x + B diag(g) A S^-1 x      S^-1 (in, in) shrinks x in the directions in which the inputs
-                                      are largest; it is fixed
-                                      g (r,) are gains, in place of alpha / r; they are fixed, too
+    y = W x + B diag(g) A S^-1 x      S^-1 (in, in), fixed, makes x smaller in the directions in
+                                      which the inputs of the layer are largest
+                                      g (r,), fixed, are gains, in place of alpha / r
 
-The abstract names three ideas:
+The abstract names three ideas, from which the authors' code differs, and so does this file:
 "Outlier-weighted SVD decomposition to reduce approximation errors in low-rank weight
 initialization"
-    authors   A and B start from the SVD of W.
-    here      A starts from the SVD of W S.  B starts at zero, so nothing is approximated.
+    their code  A and B start from the SVD of W, which has no weights.
+    here        A starts from the SVD of W S.  B starts at zero, so there is no approximation, and
+                no error of it to reduce.  With init="svd", B starts from the SVD as well.
 "Outlier-driven dynamic rank assignment using offline optimization"
-    authors   Before training, maximise the sum of importance * log(rank) within a budget of
-              parameters.  The importance of a layer is the size of its output.
-    here      The importance is the sum of the layer's outliers (section 4).  The budget is that of
-              LoRA: as many parameters are trained, not fewer.
+    their code  Before training, maximise the sum of importance * log(rank) within a budget of
+                parameters.  The importance of a layer is the size of its output.
+    here        The importance is measured on the layer's outliers (section 4).  The budget is the
+                number of parameters that LoRA trains; the abstract promises fewer.
 "Activation-informed training to amplify updates on significant weights"
-    authors   The adapter's output is multiplied by |W x|, scaled to 0 .. 1.  Merging loses this.
-    here      Row i of A S^-1 x is multiplied by g_i, which grows with singular value i of W S.
+    their code  Multiply the adapter's output by |W x|, scaled to 0 .. 1, until it is merged.
+    here        Multiply entry i of A S^-1 x by g_i, which grows with singular value i of W S.
 
-S^-1 in the layer is our addition.  Without it, the few directions in which x is largest dominate
-the gradient of A.  With it, W changes *less* along these directions than in LoRA.
+That S^-1 stays in the layer is our addition.  Without it, the few directions in which x is largest
+dominate the gradient of A.  With it, W changes less along them than in LoRA.  In this sense it does
+the opposite of amplifying, but it matters most:
 
-How far test losses end below those of tuned LoRA, +- the standard error over three base models
-(train_toy.py's models; .ci/bench.py.  Constants were chosen on these two tasks, not on README's):
-
-                         text                images
-    AIRA                  .019 +-.004         .16 +-.03
-    A starts at random    .010 +-.003         .02 +-.02
-    SVD of W, not W S     .016 +-.003         .14 +-.02
-    equal ranks           .009 +-.003         .14 +-.02
-    equal gains           .017 +-.003         .17 +-.02
-    without S and S^-1   -.007 +-.003         .03 +-.02
-    init="svd": B, too   -.016 +-.003         .06 +-.02
+TABLE
 """
 
 import math
@@ -63,93 +55,101 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-# ---- 1. S, the directions of large inputs ------------------------------------------------------
+# ---- 1. S, and the directions of large inputs --------------------------------------------------
 # The inputs x of a trained layer are often many times larger in a few directions than in others.
-# Let the rows of D (k, in) be k such directions, orthonormal, and let s_j be the root mean square
-# (RMS) of x along D_j, relative to that along the directions which are not in D.
+# (These directions are the outliers that the abstract's first idea means, as we understand it.)
+# Let the rows of D (k, in) be k such directions, orthonormal, and let s_j be about the root mean
+# square (RMS) of x along D_j, relative to its average along other directions.
 #
-#     S    = I + D^T diag(s - 1) D        multiplies the part of x along D_j by s_j
+#     S    = I + D^T diag(s - 1) D        multiplies the part of a vector along D_j by s_j
 #     S^-1 = I + D^T diag(1/s - 1) D      divides it by s_j
 #
-# Then z = S^-1 x has about the same RMS in all directions: it is nearly white.
+# Then z = S^-1 x has more nearly the same RMS in all directions: it is closer to white.
 
 DIRECTIONS_PER_RANK = 4  # k / r
-DAMPING = 0.3  # keeps s small where the inputs are close to zero in most directions
-SAMPLE = 1024  # rows of the inputs (tokens, image patches) that are kept
+DAMPING = 0.3  # bounds s where other directions have almost no inputs
+SAMPLE = 1024  # rows of a layer's inputs (tokens, image patches) that are kept
 
 
-def times_S(M, D, s):
-    """M S for M (m, in); with 1/s for s it is M S^-1."""
-    return M + ((M @ D.T) * (s - 1)) @ D
+def scale_directions(matrix, D, s):
+    """matrix S, for a matrix (m, in).  With 1/s in the place of s, matrix S^-1."""
+    return matrix + ((matrix @ D.T) * (s - 1)) @ D
 
 
-def top_svd(matrix, number):
-    """The largest singular values of a matrix (m, n), as many as number, and their vectors:
-    U (m, number), sigma (number,), V^T (number, n).  By randomised SVD (Halko et al., 2011).
+def rescale_rows(inputs):
+    """Scales the rows of inputs (n, in) to one RMS, the median of theirs.  Otherwise a few tokens
+    with huge inputs, such as the first of a text, would dominate S.
     """
-    oversampled = min(number + 8, *matrix.shape)
+    rms = inputs.float().square().mean(dim=1, keepdim=True).sqrt()
+    return (inputs * (rms.median() / rms)).to(inputs.dtype)
+
+
+def top_svd(matrix, count):
+    """At most count of the largest singular values of a matrix (m, n), and their vectors:
+    U (m, count), sigma (count,), V^T (count, n).  Approximate (Halko et al., 2011), but fast.
+    """
+    oversampled = min(count + 8, *matrix.shape)
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(0)  # for the same result each time; svd_lowrank takes no generator
         U, sigma, V = torch.svd_lowrank(matrix, oversampled, niter=1)
-    return U[:, :number], sigma[:number], V[:, :number].T.contiguous()
+    return U[:, :count], sigma[:count], V[:, :count].T.contiguous()
 
 
 def find_S(inputs, k):
-    """S as D (k, in) and s (k,), from inputs (n, in), whose rows have all the same RMS.
+    """S as D (k, in) and s (k,), from inputs (n, in) whose rows rescale_rows has rescaled.
 
-    D are the principal directions of the inputs, which are not centred.  c_j is the mean square of
-    the inputs along D_j, and c_rest its average over all directions that are not in D:
+    D are the principal directions of the inputs, without centring.  c_j is the mean square of the
+    inputs along D_j, and c_rest the average mean square along all other directions:
 
         s_j = max(1, sqrt((c_j + DAMPING) / (c_rest + DAMPING)))
     """
     X = inputs.float()
-    X = X / X.square().mean().sqrt()  # mean squares in all directions now add up to the width
+    X = X / X.square().mean().sqrt()  # now the mean squares along all directions add up to width
     width = X.shape[1]
     half = (len(X) + 1) // 2
     _, _, D = top_svd(X[:half], k)
-    c = (X[-half:] @ D.T).square().mean(dim=0)  # on the other half: D fits the noise of the first
+    c = (X[-half:] @ D.T).square().mean(dim=0)  # of the other half, as D fits noise of the first
     c_rest = (width - c.sum()) / (width - len(D))
     return D, ((c + DAMPING) / (c_rest + DAMPING)).sqrt().clamp_min(1)
 
 
 # ---- 2. Outlier-weighted SVD -------------------------------------------------------------------
 # In terms of z = S^-1 x, the layer computes W x = (W S) z.  The rows of A choose r features of z.
-# Which r features tell most about the output?  If z is white, E|(W S - M) z|^2 is ||W S - M||^2
-# (Frobenius norm).  By the Eckart-Young theorem, the best M of rank r keeps the r largest singular
-# values of W S = U diag(sigma) V^T.  Its features are V^T z, so A starts at V^T.
+# From which r features can the output be computed best?  For white z, E|(W S - L) z|^2 is
+# proportional to ||W S - L||^2 (Frobenius norm).  By the Eckart-Young theorem, the best L of rank r
+# keeps the r largest singular values of W S = U diag(sigma) V^T.  It uses z only through the first
+# r rows of V^T, and A starts at these.
 #
-# Features that tell most about the output need not be the best for changing it.  Like PiSSA (arXiv
-# 2404.02948), which takes the SVD of W, we assume that they are good; "random A" above tests it.
+# We assume that features which are good for W x are also good for changing it, as PiSSA (arXiv
+# 2404.02948) does for the SVD of W.  The rows "random A" and "SVD of W" above test this.
 
 
 def outlier_weighted_svd(
     W: Tensor, D: Tensor, s: Tensor, rank: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """U (out, r), sigma (r,) and V^T (r, in) of W S, for W (out, in) and S as D (k, in), s (k,)."""
-    return top_svd(times_S(W.float(), D, s), rank)
+    return top_svd(scale_directions(W.float(), D, s), rank)
 
 
 # ---- 3. The layer, and its gains ---------------------------------------------------------------
-# Feature i of z adds sigma_i^2 to E|W x|^2: the larger sigma_i, the more significant the feature.
-# So g_i is proportional to sqrt(sigma_i).
-#
-# A step of Adam is about equally large for all entries of A and B.  As the layer multiplies feature
-# i by g_i, the step changes the output through this feature in proportion to g_i.  The square root
-# is PiSSA's: its A and B each start with a factor of sqrt(sigma_i).
+# Feature i of z adds about sigma_i^2 to E|W x|^2: the larger sigma_i, the more significant it is.
+# The layer multiplies feature i by a gain g_i in proportion to sqrt(sigma_i).  A step of Adam is
+# about equally large for all entries of A and B, so it changes the output through feature i in
+# proportion to g_i.  The square root is a choice after PiSSA, where A and B each start with one.
 
-MEAN_GAIN = 4.0
+MEAN_GAIN = 4.0  # multiplies the step of the optimizer, as LoRA's alpha / r does
 
 
 class AiraLinear(nn.Module):
     """y = base_layer(x) + B diag(g) A S^-1 x
 
-    base_layer          the model's own layer, which is not changed
-    lora_A (r, in)      A, in float32
-    lora_B (out, r)     B, in float32
+    base_layer          the model's own layer, frozen
+    lora_A (r, in)      A
+    lora_B (out, r)     B
     gains (r,)          g
-    directions (k, in)  D
+    directions (k, in)  D; with k = 4 r the largest part of an adapter's memory and file
     shrink (k,)         1/s
-    start_A, start_B    A and B diag(g) before training, with init="svd"
+    start_A, start_B    A and B diag(g) before training, if these are subtracted (init="svd")
     """
 
     def __init__(
@@ -174,8 +174,8 @@ class AiraLinear(nn.Module):
             # B A - start_B start_A, in a form that is exactly zero before training
             A = torch.cat([A - self.start_A, self.start_A])
             B = torch.cat([B, B - self.start_B], dim=1)
-        with torch.autocast(A.device.type, enabled=False):  # shrinking is a subtraction
-            return B, times_S(A, self.directions, self.shrink)
+        with torch.autocast(A.device.type, enabled=False):  # in half precision S^-1 is too coarse
+            return B, scale_directions(A, self.directions, self.shrink)
 
     def forward(self, x: Tensor) -> Tensor:
         B, A = self.factors()
@@ -196,10 +196,10 @@ class AiraLinear(nn.Module):
 
 
 def make_adapter(layer, inputs, rank, init):
-    """The AiraLinear of a layer before training, from inputs (n, in) as for find_S."""
+    """The AiraLinear of a layer before training, from its rescaled inputs (n, in)."""
     D, s = find_S(inputs, k=min(DIRECTIONS_PER_RANK * rank, inputs.shape[1] // 2))
     U, sigma, Vt = outlier_weighted_svd(weight_of(layer), D, s, rank)
-    gains = sigma.clamp_min(0.01 * sigma[0] + 1e-30).sqrt()  # with a gain of 0 nothing is learned
+    gains = sigma.clamp_min(0.01 * sigma[0] + 1e-30).sqrt()  # above 0: all features can learn
     gains = MEAN_GAIN * gains / gains.mean()
     if init == "svd_A":
         return AiraLinear(layer, Vt, torch.zeros_like(U), gains, D, 1 / s)
@@ -208,34 +208,34 @@ def make_adapter(layer, inputs, rank, init):
 
 
 # ---- 4. Ranks ----------------------------------------------------------------------------------
-# W_ij adds W_ij x_j to output i of a layer; the product |W_ij| rms(x_j) tells how much.  As in OWL
-# (arXiv 2310.05175), W_ij is an outlier if its product is above OUTLIER_RATIO times the mean of all
-# products.  The importance of the layer is what its outliers add to an output: the sum of their
-# products, divided by the number of outputs.
+# W_ij adds W_ij x_j to output i of a layer.  The score of W_ij is |W_ij| rms(x_j).  As in OWL
+# (arXiv 2310.05175), W_ij is an outlier if its score is above a multiple of the layer's mean score.
+# The importance of the layer is the sum of its outliers' scores, divided by the number of outputs
+# (or layers with many outputs would get most of the budget).
 #
-# Another unit of rank costs in + out parameters, and helps less if the layer has many already.  As
-# in the authors' code, log(rank) stands for how much the rank helps.  Then the best ranks
+# Raising a layer's rank by one costs in + out parameters, and helps less the higher the rank is.
+# As in the authors' code, log(rank) stands for how much the rank helps.  We want the ranks that
 #
 #     maximise    sum of importance * log(rank)
 #     subject to  sum of (in + out) * rank <= budget ,    1 <= rank <= max_rank
 #
-# are found by knapsack_ranks.  greedy_ranks comes close, and is faster.
+# greedy_ranks approximates them quickly, knapsack_ranks finds them.
 
-OUTLIER_RATIO = 2.0  # OWL takes 5, which on models as small as train_toy.py's does not work
-MAX_RANK_RATIO = 2  # max_rank / the rank that all layers of LoRA would have; from the authors' code
+OUTLIER_RATIO = 2.0  # OWL takes 5; here, 4 is worse on both tasks
+MAX_RANK_RATIO = 2  # no layer gets more than this multiple of `rank`; from the authors' code
 
 
 def importance(W: Tensor, magnitude: Tensor) -> float:
-    """The importance of a layer, from W (out, in) and the RMS (in,) of each input x_j."""
-    products = W.float().abs() * magnitude
-    outliers = products > OUTLIER_RATIO * products.mean()
-    return float((products * outliers).sum()) / len(W)
+    """The importance of a layer, from W (out, in) and rms(x) (in,)."""
+    scores = W.float().abs() * magnitude
+    outliers = scores > OUTLIER_RATIO * scores.mean()
+    return float((scores * outliers).sum()) / len(W)
 
 
 def greedy_ranks(
     importances: list[float], costs: list[int], budget: int, max_ranks: list[int]
 ) -> list[int]:
-    """Starts at rank 1 and repeatedly raises the rank that helps most for its parameters.
+    """Starts at rank 1 and repeatedly raises the rank with the largest benefit per parameter.
 
     importances, costs (the parameters of one unit of rank) and max_ranks have an entry for each
     layer.  The budget (parameters) must be at least sum(costs).
@@ -248,12 +248,12 @@ def greedy_ranks(
         return importances[i] * math.log((ranks[i] + 1) / ranks[i]) / costs[i]
 
     while growing:
-        best = max(growing, key=benefit)
-        if ranks[best] < max_ranks[best] and costs[best] <= left:
-            ranks[best] += 1
-            left -= costs[best]
-        else:  # at its maximum, or too expensive for what is left
-            growing.remove(best)
+        i = max(growing, key=benefit)
+        if ranks[i] < max_ranks[i] and costs[i] <= left:
+            ranks[i] += 1
+            left -= costs[i]
+        else:
+            growing.remove(i)
     return ranks
 
 
@@ -261,12 +261,12 @@ def knapsack_ranks(
     importances: list[float], costs: list[int], budget: int, max_ranks: list[int]
 ) -> list[int]:
     """The exact optimum, by dynamic programming, for the arguments of greedy_ranks."""
-    unit = math.gcd(*costs)  # of the budget
+    unit = math.gcd(*costs)  # all costs are multiples of it; if it is small, this takes gigabytes
     size = budget // unit + 1
     best = np.zeros(size)  # best[b]: the optimum for a budget of b units and the layers so far
     choices = []  # choices[layer][b]: the rank of the layer in that optimum
     for value, cost, max_rank in zip(importances, costs, max_ranks, strict=True):
-        options = np.full((max_rank + 1, size), -np.inf)  # rank 0 is never chosen
+        options = np.full((max_rank + 1, size), -np.inf)  # rank 0 is not allowed
         for rank in range(1, max_rank + 1):
             price = rank * cost // unit
             options[rank, price:] = best[: max(0, size - price)] + value * math.log(rank)
@@ -332,7 +332,7 @@ class Recorder:
         x = args[0].detach()
         # nn.TransformerEncoder makes nested tensors of batches with padding.
         x = torch.cat(x.unbind()) if x.is_nested else x.reshape(-1, x.shape[-1])
-        x = x[x.any(dim=1)]  # without rows of zeros
+        x = x[x.any(dim=1)]  # rows of zeros cannot be rescaled
         # Reservoir sampling: every row has a random key, and those with the largest keys are kept.
         rows = torch.cat([self.rows, x])
         new = torch.rand(len(x), generator=self.generator, device="cpu")
@@ -341,16 +341,8 @@ class Recorder:
         self.rows, self.keys = rows[kept], keys[kept]
 
 
-def rescale_rows(inputs):
-    """Scales the rows of inputs (n, in) to one RMS, the median of theirs.  Otherwise a few tokens
-    with huge inputs, such as the first of a text, would dominate S.
-    """
-    rms = inputs.float().square().mean(dim=1, keepdim=True).sqrt()
-    return (inputs * (rms.median() / rms)).to(inputs.dtype)
-
-
 def record(model, layers, calibrate):
-    """Runs calibrate.  Returns {name: inputs (n, in)} of the layers that it ran, for find_S."""
+    """Runs calibrate.  Returns {name: rescaled inputs (n, in)} of the layers that it ran."""
     recorders = {name: Recorder(layer) for name, layer in layers.items()}
     modes = {module: module.training for module in model.modules()}
     hooks = []
@@ -394,7 +386,7 @@ def assign_ranks(layers, inputs, rank, allocate):
 
 
 def replace(model, replacements):
-    """Replaces modules, wherever the model has them, by {old: new}."""
+    """Replaces modules wherever they stand in the model; replacements is {old: new}."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child in replacements:
@@ -426,16 +418,16 @@ def apply_aira(
 
     calibrate    a function that runs the model on a few thousand rows (tokens, image patches) of
                  the training data, with little padding
-    rank         the budget is the number of parameters that LoRA has with this rank in all layers
+    rank         sets the budget: as many parameters as LoRA trains with this rank in all layers
     targets      the layers to adapt, by the ends of their names: ["q_proj", "v_proj"].  By default
                  all linear layers except the head of a language model
     also_train   modules to train in full, such as a new head: ["classifier"]
-    init         "svd_A": A starts from the SVD and B at zero.  "svd": both start from it.  Weight
-                 decay would then shrink A and B, but not what is subtracted: set it to 0
+    init         "svd_A": A starts from the SVD and B at zero.  "svd": both start from it, which
+                 needs an optimizer with weight_decay=0
     allocate     greedy_ranks or knapsack_ranks
 
-    Call it before you make the optimizer and before torch.compile and DDP, and not inside autocast.
-    With DDP, call it in each process with the same data.  If it fails, the model is as before.
+    Cast the model before, and call this outside of autocast, then make the optimizer, then compile
+    or wrap in DDP (with the same data in all processes).  If it fails, the model is as before.
     """
     if rank < 1:
         raise ValueError(f"{rank=} must be at least 1")
@@ -467,7 +459,7 @@ def find_adapters(model):
 
 
 def remove_aira(model: nn.Module) -> None:
-    """Puts the model's own layers back, frozen.  What else was trained stays as it is."""
+    """Puts the model's own layers back, frozen.  Modules of also_train stay trained."""
     replace(model, {adapter: adapter.base_layer for adapter in find_adapters(model)})
 
 
@@ -488,9 +480,9 @@ def aira_state_dict(model: nn.Module) -> dict[str, Tensor]:
         model = model.module
     find_adapters(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError("save before you freeze: of frozen parameters only adapters are saved")
+        raise ValueError("save before you freeze: heads that are frozen would be left out")
     state = {}
-    # Not model.state_dict(): to save only adapters, Trainer's users let that call this function.
+    # model.state_dict itself may be overridden, to call this function.
     for name, tensor in nn.Module.state_dict(model, keep_vars=True).items():
         frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
         if isinstance(tensor, Tensor) and (".lora_" in name or not frozen):
@@ -516,7 +508,7 @@ def load_aira(model: nn.Module, state: dict[str, Tensor]) -> None:
         if name in parts:
             parts[name][part] = tensor.clone()
             continue
-        original = own.get(key.replace(".base_layer.bias", ".bias"))  # if it was trained, too
+        original = own.get(key.replace(".base_layer.bias", ".bias"))  # if you unfroze it
         if original is None or original.shape != tensor.shape:
             raise ValueError(f"{key} {tuple(tensor.shape)} does not fit the model")
 
@@ -528,10 +520,9 @@ def load_aira(model: nn.Module, state: dict[str, Tensor]) -> None:
         try:
             adapter = AiraLinear(layer, **tensors).to(layer.weight.device)
             B, A = adapter.factors()
-            change = B @ A
         except (TypeError, RuntimeError) as error:
             raise ValueError(f"the adapter of {name} is incomplete") from error
-        if change.shape != weight_of(layer).shape:
+        if (len(B), A.shape[1]) != weight_of(layer).shape or len(A) != B.shape[1]:
             raise ValueError(f"the adapter of {name} does not fit the model")
         adapters[layer] = adapter
     replace(model, adapters)
