@@ -152,7 +152,7 @@ def run(task, path, row, variant, rate, seed):
     base = train_toy.Transformer(base_task)
     base.load_state_dict(torch.load(path))
     methods, times = ROWS[row]
-    train_toy.STEPS = train_toy.EVERY = times * STEPS  # only the end of the curve
+    train_toy.STEPS = train_toy.INTERVAL = times * STEPS  # only the end of the curve
     result = fine_tune(base, cached(data), methods[variant], rate, seed)
     return result.validation, result.curve[-1]
 

@@ -253,7 +253,7 @@ def test_two_processes_train_one_adapter(tmp_path):
 def test_toy_lora_is_pefts_step_for_step(monkeypatch):
     """The same start, data and optimizer: the same losses."""
     peft = pytest.importorskip("peft")
-    monkeypatch.setattr(train_toy, "EVERY", 1)
+    monkeypatch.setattr(train_toy, "INTERVAL", 1)
     ours = train_toy.Transformer("gpt")
     theirs = copy.deepcopy(ours).requires_grad_(False)
     train_toy.lora(ours, None)
