@@ -386,7 +386,8 @@ def test_all_that_trains_is_saved_and_loads(net, x):
     assert trained | {"0.running_mean", "1.up.gains", "1.up.lora_A"} < set(state)
     assert "1.down.weight" not in state
     aira.load_aira(base, state)
-    assert trained < {name for name, p in base.named_parameters() if p.requires_grad}
+    loaded = {name for name, p in base.named_parameters() if p.requires_grad}
+    assert loaded == trained | {"1.up.lora_A"} and "2.weight" in trained
     assert torch.equal(base.eval()(x), model.eval()(x))
     with pytest.raises(ValueError, match="before you freeze"):
         aira.aira_state_dict(model.requires_grad_(False))
@@ -395,6 +396,7 @@ def test_all_that_trains_is_saved_and_loads(net, x):
 BROKEN = [  # what the error must name; a tensor of the file, and its new shape or None
     ("up is incomplete", "up.lora_B", None),
     ("up does not fit", "up.lora_B", (1, 4)),
+    ("up does not fit", "up.lora_A", (9, 10)),
     ("head.bias .7,", "head.bias", (7,)),
     ("side.bias .7,", "side.bias", (7,)),
     ("no linear layer side", "side.lora_A", (7,)),
