@@ -26,7 +26,7 @@ This file first runs the model on some data, to see the inputs x of each layer. 
 The abstract names three ideas, from which the authors' code differs, and so does this file:
 "Outlier-weighted SVD decomposition to reduce approximation errors in low-rank weight
 initialization"
-    their code  A and B start from the SVD of W, which has no weights.
+    their code  A and B start from the plain SVD of W.
     here        A starts from the SVD of W S, and B at zero: there is no approximation to improve.
 "Outlier-driven dynamic rank assignment using offline optimization"
     their code  Before training, maximise the sum of importance * log(rank) within a budget of
