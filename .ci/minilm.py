@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A pretrained model on which nothing was tuned: python .ci/minilm.py, about an hour on two cores.
+"""A pretrained model on which nothing was tuned: python .ci/minilm.py.
 
 MiniLM, a BERT of 22 million weights, sorts pieces of the standard library's sources into the
 packages that they come from.  Needs transformers, peft, and the weights:
