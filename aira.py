@@ -15,34 +15,34 @@ We have not read the paper itself.
 LoRA (Hu et al., 2021) fine-tunes a linear layer y = W x without changing its weight W (out, in).
 It trains two thin matrices beside it, A (r, in) and B (out, r):
 
-    y = W x + (alpha / r) B A x       A starts at random, B at zero
+    y = W x + (alpha / r) B A x       A starts at random, B at zero; alpha is a constant
 
 This file first runs the model on some data, to see the inputs x of each layer.  Then it trains
 
-    y = W x + B diag(g) A S^-1 x      S^-1 (in, in), fixed, makes x smaller in the directions in
-                                      which the inputs of the layer are largest
-                                      g (r,), fixed, are gains, in place of alpha / r
+    y = W x + B diag(g) A S^-1 x      S (in, in), fixed: S^-1 makes x smaller along the directions
+                                      where the layer's inputs are largest
+                                      g (r,), fixed: gains, in place of alpha / r
 
-The abstract names three ideas, from which the authors' code differs, and so does this file:
+Neither the authors' code nor this file follows the three ideas of the abstract exactly:
 "Outlier-weighted SVD decomposition to reduce approximation errors in low-rank weight
 initialization"
     their code  A and B start from the plain SVD of W.
-    here        A starts from the SVD of W S, and B at zero: there is no approximation to improve.
+    here        A starts from the SVD of W S, and B at zero: W itself is not approximated.
 "Outlier-driven dynamic rank assignment using offline optimization"
     their code  Before training, maximise the sum of importance * log(rank) within a budget of
-                parameters.  The importance of a layer is the size of its output.
+                parameters.  The importance of a layer is the mean size of its outputs.
     here        The importance is measured on the layer's outliers (section 4).  The budget is the
                 number of parameters that LoRA trains; the abstract promises fewer.
 "Activation-informed training to amplify updates on significant weights"
-    their code  Multiply the adapter's output by |W x|, scaled to 0 .. 1, until it is merged.
+    their code  Multiply the adapter's output by |W x|, scaled to 0 .. 1; merging drops this.
     here        Multiply entry i of A S^-1 x by g_i, which grows with singular value i of W S.
 
-That S^-1 stays in the layer is our addition.  Without it, the few directions in which x is largest
-dominate the gradient of A.  With it, W changes less along them than in LoRA.
+S^-1 in the layer is our addition.  Without it, the few directions in which x is largest dominate
+the gradient of A.  With it, W changes less along them than in LoRA.
 
-How far test losses end below those of LoRA at its best scale and rate, for the two models of
-train_toy.py, +- the standard error over three base models (.ci/bench.py).  The constants below were
-chosen on these two tasks; README has results on three others.
+The test loss of LoRA, at its best alpha and learning rate, minus that of this file, +- the standard
+error over three base models (.ci/bench.py).  The constants below were chosen on these two tasks of
+train_toy.py; README has results on others.
 
                           text             images
     AIRA                  .010 +-.003      .169 +-.006
@@ -66,23 +66,23 @@ import torch.nn as nn
 from torch import Tensor
 
 # ---- 1. S, and the directions of large inputs --------------------------------------------------
-# The inputs x of a trained layer are often many times larger in a few directions than in others;
-# we take these for the outliers of the abstract's first idea.  Let the rows of D (k, in) be k such
-# directions, orthonormal, and let s_j be about the root mean square (RMS) of x along D_j, relative
-# to its average along other directions.
+# The inputs x of a trained layer are often many times larger along a few directions than along the
+# others; we take these for the outliers of the abstract's first idea.  Let the rows of D (k, in) be
+# k such directions, orthonormal.  Let s_j be about the root mean square (RMS) of x along D_j,
+# relative to that along the other directions; find_S has the exact formula.
 #
 #     S    = I + D^T diag(s - 1) D        multiplies the part of a vector along D_j by s_j
 #     S^-1 = I + D^T diag(1/s - 1) D      divides it by s_j
 #
-# Then z = S^-1 x has more nearly the same RMS in all directions: it is closer to white.
+# Then z = S^-1 x has more nearly the same RMS along all directions: it is closer to white.
 
 DIRECTIONS_PER_RANK = 4  # k / r
 DAMPING = 0.3  # bounds s where other directions have almost no inputs
-SAMPLE = 1024  # rows of a layer's inputs (tokens, image patches) that are kept
+SAMPLE = 1024  # inputs of a layer (tokens, image patches) that are kept
 
 
 def scale_directions(matrix, D, s):
-    """matrix S, for a matrix (m, in).  With 1/s in the place of s, matrix S^-1."""
+    """The product matrix @ S, for a matrix (m, in); with 1/s in place of s, matrix @ S^-1."""
     return matrix + ((matrix @ D.T) * (s - 1)) @ D
 
 
@@ -95,8 +95,8 @@ def rescale_rows(inputs):
 
 
 def top_svd(matrix, count):
-    """U, sigma and V^T for at most count of the largest singular values of a matrix, by randomised
-    SVD (Halko et al., 2011): approximate, but fast.
+    """U, sigma and V^T of a matrix for its count largest singular values (or for all, if it has
+    fewer), by randomised SVD (Halko et al., 2011): approximate, but fast.
     """
     oversampled = min(count + 8, *matrix.shape)
     with torch.random.fork_rng(range(torch.cuda.device_count())):
@@ -106,32 +106,32 @@ def top_svd(matrix, count):
 
 
 def find_S(inputs, k):
-    """S as D (k, in) and s (k,), from inputs (n, in) whose rows rescale_rows has rescaled.
+    """S as D (k, in) and s (k,), from rescaled inputs (n, in) in random order.
 
-    D are the principal directions of the inputs, without centring.  c_j is the mean square of the
-    inputs along D_j, and c_rest the average mean square along all other directions:
+    D are the principal directions of one half of the inputs, without centring.  c_j is the mean
+    square of the other half along D_j, and c_rest the average over all other directions:
 
         s_j = max(1, sqrt((c_j + DAMPING) / (c_rest + DAMPING)))
     """
     X = inputs.float()
-    X = X / X.square().mean().sqrt()  # now the mean squares along all directions add up to width
+    X = X / X.square().mean().sqrt()  # now |x|^2 = width for every row x
     width = X.shape[1]
     half = (len(X) + 1) // 2
     _, _, D = top_svd(X[:half], k)
-    c = (X[-half:] @ D.T).square().mean(dim=0)  # of the other half, as D fits noise of the first
+    c = (X[-half:] @ D.T).square().mean(dim=0)  # D fits noise of its own half
     c_rest = (width - c.sum()) / (width - len(D))
     return D, ((c + DAMPING) / (c_rest + DAMPING)).sqrt().clamp_min(1)
 
 
 # ---- 2. Outlier-weighted SVD -------------------------------------------------------------------
-# In terms of z = S^-1 x, the layer computes W x = (W S) z.  The rows of A choose r features of z.
-# From which r features can the output be computed best?  For white z, E|(W S - L) z|^2 is
-# proportional to ||W S - L||^2 (Frobenius norm).  By the Eckart-Young theorem, the best L of rank r
-# keeps the r largest singular values of W S = U diag(sigma) V^T.  It uses z only through r rows of
-# V^T, and A starts at these.
+# In terms of z = S^-1 x, the layer computes W x = (W S) z.  The entries of A z are r features of z.
+# From which r features can the output be computed best?  For white z and any matrix L,
+# E|(W S - L) z|^2 is proportional to ||W S - L||^2.  By the Eckart-Young theorem, the best L of
+# rank r keeps the r largest singular values of W S = U diag(sigma) V^T.  It uses z only through
+# the first r rows of V^T, and A starts at these.
 #
 # Like PiSSA (arXiv 2404.02948), which takes the SVD of W, we assume that features which are good
-# for W x are also good for changing it.  The rows "random A" and "SVD of W" above test this.
+# for W x are also good for changing it.  By "random A" above, this holds on images only.
 
 
 def outlier_weighted_svd(
@@ -142,12 +142,13 @@ def outlier_weighted_svd(
 
 
 # ---- 3. The layer, and its gains ---------------------------------------------------------------
-# Feature i of z adds about sigma_i^2 to E|W x|^2: the larger sigma_i, the more significant it is.
-# The layer multiplies feature i by a gain g_i in proportion to sqrt(sigma_i).  A step of Adam is
-# about equally large for all entries of A and B, so it changes the output through feature i in
-# proportion to g_i.  The square root is a choice after PiSSA, where A and B each start with one.
+# Feature i adds to E|W x|^2 in proportion to sigma_i^2, for white z: a larger sigma_i is more
+# significant.
+# The layer multiplies it by a gain g_i in proportion to sqrt(sigma_i).  A step of Adam is about
+# equally large for all entries of B, so it changes the output through feature i in proportion to
+# g_i.  The square root is by analogy with PiSSA: its A and B each start with sqrt(sigma_i).
 
-MEAN_GAIN = 4.0  # multiplies the step of the optimizer, as LoRA's alpha / r does
+MEAN_GAIN = 4.0  # scales the adapter, as LoRA's alpha / r does
 
 
 class AiraLinear(nn.Module):
@@ -157,9 +158,9 @@ class AiraLinear(nn.Module):
     lora_A (r, in)      A
     lora_B (out, r)     B
     gains (r,)          g
-    directions (k, in)  D; with k = 4 r the largest part of an adapter's memory and file
+    directions (k, in)  D; with k = 4 r often the largest part of an adapter's file
     shrink (k,)         1/s
-    start_A, start_B    A and B diag(g) before training, if these are subtracted (init="svd")
+    start_A, start_B    for init="svd": A and B diag(g) before training, which are subtracted
     """
 
     def __init__(
@@ -206,7 +207,7 @@ class AiraLinear(nn.Module):
 
 
 def make_adapter(layer, inputs, rank, init):
-    """The AiraLinear of a layer before training, from its rescaled inputs (n, in)."""
+    """A new AiraLinear for a layer, from its rescaled inputs (n, in)."""
     D, s = find_S(inputs, k=min(DIRECTIONS_PER_RANK * rank, inputs.shape[1] // 2))
     U, sigma, Vt = outlier_weighted_svd(weight_of(layer), D, s, rank)
     gains = sigma.clamp_min(0.01 * sigma[0] + 1e-30).sqrt()  # above 0: all features can learn
@@ -231,7 +232,7 @@ def make_adapter(layer, inputs, rank, init):
 #
 # greedy_ranks approximates them quickly, knapsack_ranks finds them.
 
-OUTLIER_RATIO = 2.0  # OWL takes 5; here, 4 is worse on both tasks
+OUTLIER_RATIO = 2.0  # by trial; OWL takes 5
 MAX_RANK_RATIO = 2  # no layer gets more than this multiple of `rank`; from the authors' code
 
 
@@ -247,8 +248,8 @@ def greedy_ranks(
 ) -> list[int]:
     """Starts at rank 1 and repeatedly raises the rank with the largest benefit per parameter.
 
-    importances, costs (the parameters of one unit of rank) and max_ranks have an entry for each
-    layer.  The budget (parameters) must be at least sum(costs).
+    importances, costs (parameters per rank) and max_ranks have an entry for each layer.  The budget
+    (parameters) must be at least sum(costs).
     """
     ranks = [1] * len(costs)
     left = budget - sum(costs)
@@ -271,12 +272,12 @@ def knapsack_ranks(
     importances: list[float], costs: list[int], budget: int, max_ranks: list[int]
 ) -> list[int]:
     """The exact optimum, by dynamic programming, for the arguments of greedy_ranks."""
-    unit = math.gcd(*costs)  # all costs are multiples of it; if it is small, this takes gigabytes
+    unit = math.gcd(*costs)  # divides all costs; if it is small, the tables take gigabytes
     size = budget // unit + 1
     best = np.zeros(size)  # best[b]: the optimum for a budget of b units and the layers so far
     choices = []  # choices[layer][b]: the rank of the layer in that optimum
     for value, cost, max_rank in zip(importances, costs, max_ranks, strict=True):
-        options = np.full((max_rank + 1, size), -np.inf)  # rank 0 is not allowed
+        options = np.full((max_rank + 1, size), -np.inf)  # row 0 stays: each layer has a rank
         for rank in range(1, max_rank + 1):
             price = rank * cost // unit
             options[rank, price:] = best[: max(0, size - price)] + value * math.log(rank)
@@ -295,8 +296,8 @@ def knapsack_ranks(
 
 
 def is_linear(module):
-    """Whether it is nn.Linear, or Conv1D of Hugging Face's GPT-2.  Their subclasses are left alone:
-    they may be quantised, or used in another way (by nn.MultiheadAttention).
+    """Whether a module is nn.Linear, or the Conv1D of Hugging Face's GPT-2.  Subclasses are left
+    alone: they may be quantised, or used in another way (by nn.MultiheadAttention).
     """
     is_Conv1D = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
     return type(module) is nn.Linear or is_Conv1D
@@ -309,15 +310,15 @@ def weight_of(layer):
 
 def find_layers(model, targets, exclude):
     """{name: layer} of the linear layers to adapt."""
+    # Merging must not change a weight that another module uses, too.
     uses = Counter(p.data_ptr() for m in model.modules() for p in m.parameters(recurse=False))
     layers = {}
     for name, module in model.named_modules():
         replaceable = is_linear(module) and module is not model and module not in exclude
-        # Merging must not change a weight that another module uses, too.
         if replaceable and uses[module.weight.data_ptr()] == 1:
             layers[name] = module
     if targets is None:
-        head = getattr(model, "get_output_embeddings", lambda: None)()  # of a language model
+        head = getattr(model, "get_output_embeddings", lambda: None)()  # Hugging Face's LM head
         return {name: layer for name, layer in layers.items() if layer is not head}
 
     chosen = {}
@@ -352,7 +353,7 @@ class Recorder:
 
 
 def record(model, layers, calibrate):
-    """Runs calibrate.  Returns {name: rescaled inputs (n, in)} of the layers that it ran."""
+    """Runs calibrate.  Returns {name: rescaled inputs (n, in)} for the layers that ran."""
     recorders = {name: Recorder(layer) for name, layer in layers.items()}
     modes = {module: module.training for module in model.modules()}
     hooks = []
@@ -381,7 +382,7 @@ def record(model, layers, calibrate):
 
 
 def assign_ranks(layers, inputs, rank, allocate):
-    """{name: rank}, within the budget of a LoRA that has this rank in all layers."""
+    """{name: its rank}, within the budget of LoRA with the given rank in every layer."""
     importances, costs, max_ranks = [], [], []
     for name in inputs:
         W = weight_of(layers[name])
@@ -396,7 +397,7 @@ def assign_ranks(layers, inputs, rank, allocate):
 
 
 def replace(model, replacements):
-    """Replaces modules wherever they stand in the model; replacements is {old: new}."""
+    """Replaces modules everywhere in the model; replacements is {old: new}."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child in replacements:
@@ -424,20 +425,20 @@ def apply_aira(
     init: str = "svd_A",
     allocate: Callable = greedy_ranks,
 ) -> dict[str, int]:
-    """Adds adapters to the model, in place, and freezes everything else.  Returns {name: rank}.
+    """Adds adapters to the model, in place, and freezes the rest.  Returns {name: rank}.
 
     calibrate    a function that runs the model on a few thousand rows (tokens, image patches) of
                  the training data, with little padding
-    rank         sets the budget: as many parameters as LoRA trains with this rank in all layers
+    rank         sets the budget: LoRA's number of parameters with this rank in all these layers
     targets      the layers to adapt, by the ends of their names: ["q_proj", "v_proj"].  By default
                  all linear layers except the head of a language model
     also_train   modules to train in full, such as a new head: ["classifier"]
-    init         "svd_A": A starts from the SVD and B at zero.  "svd": both start from it, which
-                 needs an optimizer with weight_decay=0
+    init         "svd_A": A starts from the SVD and B at zero.  "svd": both start from it, and need
+                 an optimizer with weight_decay=0, as decay would change the model
     allocate     greedy_ranks or knapsack_ranks
 
-    Cast the model before, and call this outside of autocast, then make the optimizer, then compile
-    or wrap in DDP (with the same data in all processes).  If it fails, the model is as before.
+    The order is: cast the model, apply_aira (outside of autocast), optimizer, torch.compile or DDP.
+    With DDP, all processes need the same calibration data.  If it fails, the model is as before.
     """
     if rank < 1:
         raise ValueError(f"{rank=} must be at least 1")
@@ -445,8 +446,8 @@ def apply_aira(
         raise ValueError(f"{init=} must be 'svd_A' or 'svd'")
     check_model(model)
     names = [also_train] if isinstance(also_train, str) else also_train
-    full = nn.ModuleList(model.get_submodule(name) for name in names)
-    layers = find_layers(model, targets, set(full.modules()))
+    unfrozen = nn.ModuleList(model.get_submodule(name) for name in names)
+    layers = find_layers(model, targets, set(unfrozen.modules()))
     inputs = record(model, layers, calibrate)
     ranks = assign_ranks(layers, inputs, rank, allocate)
     adapters = {}
@@ -454,7 +455,7 @@ def apply_aira(
         adapters[layers[name]] = make_adapter(layers[name], inputs[name], ranks[name], init)
     model.requires_grad_(False)
     replace(model, adapters)
-    full.requires_grad_(True)
+    unfrozen.requires_grad_(True)
     return ranks
 
 
@@ -482,17 +483,17 @@ def merge_aira(model: nn.Module) -> None:
 
 
 def aira_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """What training may have changed, copied to the CPU: adapters, what else requires gradients,
-    and all buffers (such as BatchNorm's statistics).
+    """The adapters, what else requires gradients, and all buffers (such as BatchNorm's statistics),
+    copied to the CPU.
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
-    find_adapters(model)
+    find_adapters(model)  # or an error
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("save before you freeze: heads that are frozen would be left out")
     state = {}
-    # model.state_dict itself may be overridden, to call this function.
+    # Not model.state_dict(), which users may have overridden with this function.
     for name, tensor in nn.Module.state_dict(model, keep_vars=True).items():
         frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
         if isinstance(tensor, Tensor) and (".lora_" in name or not frozen):
@@ -518,7 +519,7 @@ def load_aira(model: nn.Module, state: dict[str, Tensor]) -> None:
         if name in parts:
             parts[name][part] = tensor.clone()
             continue
-        original = own.get(key.replace(".base_layer.bias", ".bias"))  # if you unfroze it
+        original = own.get(key.replace(".base_layer.bias", ".bias"))  # an unfrozen bias
         if original is None or original.shape != tensor.shape:
             raise ValueError(f"{key} {tuple(tensor.shape)} does not fit the model")
     adapters = {}
@@ -535,6 +536,6 @@ def load_aira(model: nn.Module, state: dict[str, Tensor]) -> None:
             raise ValueError(f"the adapter of {name} does not fit the model")
         adapters[layer] = adapter
     replace(model, adapters)
-    nn.Module.load_state_dict(model, state, strict=False)
+    nn.Module.load_state_dict(model, state, strict=False)  # what is not in adapters
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in state)

@@ -30,6 +30,7 @@ import train_toy  # noqa: E402
 from train_toy import RANK, fine_tune, full, lora  # noqa: E402
 
 BASES, SEEDS, STEPS = 3, 3, 80
+SCALES = 2, 4, 8, 16  # of LoRA: alpha / r
 
 
 # ---- Tasks -------------------------------------------------------------------------------------
@@ -77,6 +78,8 @@ TASKS = {  # name: base, data
 def changed(change=None, **functions):
     """AIRA with other functions in aira.py, and with change(layer) applied to adapted layers."""
 
+    assert functions.keys() <= vars(aira).keys()
+
     def prepare(model, examples):
         with mock.patch.dict(vars(aira), functions):
             train_toy.aira(model, examples)
@@ -99,6 +102,12 @@ def diagonal(inputs, k):
     return torch.eye(len(s)), s.sqrt()
 
 
+def without_S_inverse(layer):
+    """y = W x + B diag(g) A x, with A at V^T S^-1: its features are the same before training."""
+    layer.lora_A.data = layer.factors()[1].detach()
+    layer.shrink.fill_(1)
+
+
 def plain_svd(W, D, s, rank):
     return aira.top_svd(W.float(), rank)
 
@@ -117,7 +126,7 @@ def equal_gains(layer):
 
 
 def loras(**options):
-    return [functools.partial(lora, scale=scale, **options) for scale in (2, 4, 8, 16)]
+    return [functools.partial(lora, scale=scale, **options) for scale in SCALES]
 
 
 knapsack = functools.partial(train_toy.aira, allocate=aira.knapsack_ranks)
@@ -125,22 +134,23 @@ whitened = changed(equal_gains, outlier_weighted_svd=plain_svd, importance=equal
 ROWS = {  # name: (the best of these methods, a multiple of the steps)
     "LoRA": (loras(), 1),
     "AIRA": ([train_toy.aira], 1),
-    "without S": ([changed(find_S=identity)], 1),
-    "S in the layer only (SVD of W)": ([changed(outlier_weighted_svd=plain_svd)], 1),
+    "no S, no S⁻¹": ([changed(find_S=identity)], 1),
+    "no S⁻¹ in the layer": ([changed(without_S_inverse)], 1),
+    "SVD of W, not of W S": ([changed(outlier_weighted_svd=plain_svd)], 1),
     "S diagonal": ([changed(find_S=diagonal)], 1),
-    "A starts at random": ([changed(random_start)], 1),
+    "A at random": ([changed(random_start)], 1),
     "equal ranks": ([changed(importance=equal)], 1),
     "equal gains": ([changed(equal_gains)], 1),
-    "S alone (SVD of W, equal ranks and gains)": ([whitened], 1),
-    'init="svd"': ([functools.partial(train_toy.aira, init="svd")], 1),
-    "knapsack_ranks": ([knapsack], 1),
+    "S⁻¹ and the SVD of W only": ([whitened], 1),
+    'A and B from the SVD (`init="svd"`)': ([functools.partial(train_toy.aira, init="svd")], 1),
+    "`knapsack_ranks`": ([knapsack], 1),
     "half the rank": ([functools.partial(train_toy.aira, rank=RANK // 2)], 1),
     "LoRA, half the rank": (loras(rank=RANK // 2), 1),
     "LoRA, 4 x the steps": (loras(), 4),
     "4 x the steps, below LoRA at 4 x": ([train_toy.aira], 4),
     "full fine-tuning": ([full], 1),
 }
-UNTOUCHED = ["LoRA", "AIRA", "S alone (SVD of W, equal ranks and gains)", "full fine-tuning"]
+UNTOUCHED = ["LoRA", "AIRA", "S⁻¹ and the SVD of W only", "full fine-tuning"]
 
 
 # ---- Comparison --------------------------------------------------------------------------------
@@ -179,7 +189,8 @@ def search(losses_at, middle):
 
 
 def validation_of(losses):
-    return float(np.nan_to_num(losses[..., 0].mean(), nan=np.inf))
+    loss = losses[..., 0].mean()
+    return float(loss) if np.isfinite(loss) else np.inf  # the worst, if a run diverged
 
 
 def error(values):
@@ -188,7 +199,7 @@ def error(values):
 
 def compare(pool, task, paths):
     """-> {row: cell}.  Prints each row as it comes."""
-    print(f"\n{task}\n{'':42} scale    rate  validation   test   below LoRA", flush=True)
+    print(f"\n{task}\n{'':36} scale    rate  validation   test   below LoRA", flush=True)
     cells, tests = {}, {}
     for row in UNTOUCHED if list(TASKS).index(task) > 1 else ROWS:
         found = []
@@ -205,8 +216,8 @@ def compare(pool, task, paths):
         reference = "LoRA, 4 x the steps" if row.startswith("4 x") else "LoRA"
         less = tests[reference] - tests[row]
         cells[row] = f"{less.mean():.3f} ±{error(less):.3f}"
-        scale = 2 ** (variant + 1) if len(found) > 1 else ""
-        print(f"{row:42} {scale:5} {rate:7.4f} {validation_of(losses):11.4f}", end="")
+        scale = SCALES[variant] if len(found) > 1 else ""
+        print(f"{row:36} {scale:5} {rate:7.4f} {validation_of(losses):11.4f}", end="")
         print(f"{tests[row].mean():7.3f}   {cells[row]}", flush=True)
     cells["LoRA"] = f"loss {tests['LoRA'].mean():.3f}"
     return cells

