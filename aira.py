@@ -521,7 +521,8 @@ def load_aira(model: nn.Module, state: dict[str, Tensor]) -> None:
             continue
         original = own.get(key.replace(".base_layer.bias", ".bias"))  # an unfrozen bias
         if original is None or original.shape != tensor.shape:
-            raise ValueError(f"{key} {tuple(tensor.shape)} does not fit the model")
+            shape = tuple(tensor.shape)
+            raise ValueError(f"{key} {shape} does not fit the model: is this its aira_state_dict?")
     adapters = {}
     for name, tensors in parts.items():
         layer = modules.get(name)

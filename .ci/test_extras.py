@@ -117,11 +117,15 @@ def test_readme_usage():
 
 def test_readme_with_hugging_face():
     pytest.importorskip("accelerate")
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
     model, batch, _ = build("BertForSequenceClassification")
     model.bert.save_pretrained("base")  # without the head, which is drawn anew each time
-    data = [{key: value[i % 8] for key, value in batch.items()} for i in range(64)]
+    rows = [{"input_ids": ids[: 5 + i].tolist(), "label": i % 2} for i, ids in enumerate(IDS)]
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[PAD]": 0}))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]")
     training, loading = snippet("TrainingArguments").split("# In a new process:")
-    names = {"BASE": "base", "data": data}
+    names = {"BASE": "base", "data": 32 * rows, "tokenizer": tokenizer}
     exec(training, names)
     trained = names["model"].eval().cpu()
     exec(loading, names)
@@ -138,7 +142,7 @@ def test_readme_exports_to_peft(name, init):
     train(model, batch)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT sets fan_in_fan_out for Conv1D itself, and says so
-        exec(snippet("LoraConfig"), {"model": model, "base": base})
+        exec(snippet("import LoraConfig"), {"model": model, "base": base})
         there = peft.PeftModel.from_pretrained(fresh, "adapter")
     close(logits_of(there, batch), logits_of(model, batch))
     merge_aira(model)
