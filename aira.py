@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """AIRA: Activation-Informed Low-Rank Adaptation, in one file.
 
-An independent re-implementation of AIRA (Li et al., ICCV 2025) from its abstract, the authors' code
-(github.com/lliai/LoRA-Zoo, folder aira) and a third-party port (github.com/ArkNightmaster/AIRA).
-We have not read the paper itself.
+An independent re-implementation of AIRA (Li et al., ICCV 2025), without the paper's text: from its
+abstract, the authors' code (github.com/lliai/LoRA-Zoo, folder aira) and a third-party port
+(github.com/ArkNightmaster/AIRA).
 
     apply_aira(model, calibrate=lambda: model(batch), rank=8)  # in place
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
