@@ -45,14 +45,15 @@ error over three base models (.ci/bench.py).  The constants below were chosen on
 train_toy.py; README has results on others.
 
                           text             images
-    AIRA                  .010 +-.003      .169 +-.006
-    random A              .010 +-.002      .015 +-.043
-    SVD of W, not W S     .010 +-.003      .143 +-.026
-    equal ranks           .006 +-.003      .157 +-.053
-    equal gains           .011 +-.003      .155 +-.009
-    no S, no S^-1        -.013 +-.004      .092 +-.032
-    init="svd"           -.029 +-.001      .034 +-.011
-So S helps on both tasks, the start on images, the ranks a little on text, the gains on neither.
+    AIRA                  .010 +-.003      .216 +-.005
+    random A              .010 +-.002      .088 +-.022
+    SVD of W, not W S     .010 +-.003      .190 +-.006
+    equal ranks           .006 +-.003      .175 +-.008
+    equal gains           .011 +-.003      .218 +-.009
+    no S^-1 in the layer -.005 +-.002      .139 +-.018
+    no S, no S^-1        -.013 +-.004      .118 +-.028
+    init="svd"           -.029 +-.001      .105 +-.021
+So S^-1 helps on both tasks; the SVD, S in it and the ranks help on images; the gains do not help.
 """
 
 import math
@@ -142,8 +143,7 @@ def outlier_weighted_svd(
 
 
 # ---- 3. The layer, and its gains ---------------------------------------------------------------
-# Feature i adds to E|W x|^2 in proportion to sigma_i^2, for white z: a larger sigma_i is more
-# significant.
+# For white z, feature i adds to E|W x|^2 in proportion to sigma_i^2: we take this for significance.
 # The layer multiplies it by a gain g_i in proportion to sqrt(sigma_i).  A step of Adam is about
 # equally large for all entries of B, so it changes the output through feature i in proportion to
 # g_i.  The square root is by analogy with PiSSA: its A and B each start with sqrt(sigma_i).
@@ -229,8 +229,6 @@ def make_adapter(layer, inputs, rank, init):
 #
 #     maximise    sum of importance * log(rank)
 #     subject to  sum of (in + out) * rank <= budget ,    1 <= rank <= max_rank
-#
-# greedy_ranks approximates them quickly, knapsack_ranks finds them.
 
 OUTLIER_RATIO = 2.0  # by trial; OWL takes 5
 MAX_RANK_RATIO = 2  # no layer gets more than this multiple of `rank`; from the authors' code
@@ -521,8 +519,7 @@ def load_aira(model: nn.Module, state: dict[str, Tensor]) -> None:
             continue
         original = own.get(key.replace(".base_layer.bias", ".bias"))  # an unfrozen bias
         if original is None or original.shape != tensor.shape:
-            shape = tuple(tensor.shape)
-            raise ValueError(f"{key} {shape} does not fit the model: is this its aira_state_dict?")
+            raise ValueError(f"{key} {tuple(tensor.shape)} is in no aira_state_dict of this model")
     adapters = {}
     for name, tensors in parts.items():
         layer = modules.get(name)
