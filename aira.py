@@ -53,7 +53,7 @@ train_toy.py; README has results on others.
     no S^-1 in the layer -.005 +-.002      .139 +-.018
     no S, no S^-1        -.013 +-.004      .118 +-.028
     init="svd"           -.029 +-.001      .105 +-.021
-So S^-1 helps on both tasks; the SVD, S in it and the ranks help on images; the gains do not help.
+So S^-1 helps on both tasks and the SVD on images; the rest helps less, or not at all.
 """
 
 import math
