@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""README's table: python .ci/bench.py, about an hour on two cores.
+"""README's table, with more rows: python .ci/bench.py, one to two hours on two cores.
 
 A cell says how far the test loss ends below that of LoRA, which is tuned over four scales as well.
 Learning rates are a factor of root two apart, and more are tried until the best lies inside.  Each
@@ -146,8 +146,8 @@ ROWS = {  # name: (the best of these methods, a multiple of the steps)
     "`knapsack_ranks`": ([knapsack], 1),
     "half the rank": ([functools.partial(train_toy.aira, rank=RANK // 2)], 1),
     "LoRA, half the rank": (loras(rank=RANK // 2), 1),
-    "LoRA, 4 x the steps": (loras(), 4),
-    "4 x the steps, below LoRA at 4 x": ([train_toy.aira], 4),
+    "LoRA, four times the steps": (loras(), 4),
+    "four times the steps, also for LoRA": ([train_toy.aira], 4),
     "full fine-tuning": ([full], 1),
 }
 UNTOUCHED = ["LoRA", "AIRA", "S⁻¹ and the SVD of W only", "full fine-tuning"]
@@ -213,7 +213,7 @@ def compare(pool, task, paths):
             found.append((*search(losses_at, 0.008), variant))
         rate, losses, variant = min(found, key=lambda best: validation_of(best[1]))
         tests[row] = losses[..., 1].mean(axis=1)  # of each base
-        reference = "LoRA, 4 x the steps" if row.startswith("4 x") else "LoRA"
+        reference = "LoRA, four times the steps" if row.startswith("four times") else "LoRA"
         less = tests[reference] - tests[row]
         cells[row] = f"{less.mean():.3f} ±{error(less):.3f}"
         scale = SCALES[variant] if len(found) > 1 else ""
