@@ -14,6 +14,7 @@ import sys
 import sysconfig
 import time
 from importlib.util import find_spec
+from itertools import cycle
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -72,15 +73,14 @@ def weights():
 
 @functools.cache
 def data():
-    """Training, validation and test split, each (token ids, packages)."""
+    """Training, validation and test split: six, one and one of eight files."""
     tokenizer = AutoTokenizer.from_pretrained(weights())
     training, validation, test = [], [], []
     for label, package in enumerate(PACKAGES):
         files = (Path(sysconfig.get_paths()["stdlib"]) / package).rglob("*.py")
         files = sorted(file for file in files if "test" not in file.parts)
         random.Random(0).shuffle(files)
-        for i, file in enumerate(files):
-            split = {0: validation, 1: test}.get(i % 8, training)
+        for file, split in zip(files, cycle([validation, test, *6 * [training]])):
             text = file.read_text("utf-8", "ignore")
             pieces = tokenizer(text, max_length=48, truncation=True, return_overflowing_tokens=True)
             split += [(ids, label) for ids in pieces["input_ids"][:60] if len(ids) == 48]

@@ -18,7 +18,7 @@ from torch import nn
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import train_toy  # noqa: E402
-from aira import aira_state_dict, apply_aira, load_aira, merge_aira  # noqa: E402
+from aira import aira_state_dict, apply_aira, load_aira, merge_aira, remove_aira  # noqa: E402
 
 torch.set_num_threads(1)
 every_init = pytest.mark.parametrize("init", ["svd_A", "svd"])
@@ -93,10 +93,14 @@ def test_models_train_load_merge_and_come_back(name, init):
     assert losses[-1] < losses[0]
     assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
     trained = logits_of(model, batch)
-    load_aira(loaded, aira_state_dict(model))
+    state = aira_state_dict(model)
+    load_aira(loaded, state)
     assert torch.equal(logits_of(loaded, batch), trained)
     merge_aira(loaded)
     close(logits_of(loaded, batch), trained)
+    remove_aira(model)
+    for key, tensor in model.state_dict().items():
+        assert key in state or torch.equal(tensor, base.state_dict()[key])
 
 
 # ---- README's code -----------------------------------------------------------------------------
@@ -171,7 +175,9 @@ def test_transformer_encoder_with_padding():
 
 def tune(model, batch, init, autocast):
     """-> the loss at each step."""
+    before = logits_of(model, batch)
     apply_aira(model, lambda: model(**batch), rank=3, init=init)
+    assert torch.equal(logits_of(model, batch), before)
     with autocast:
         losses = train(model, batch, 12, 0.0025)
         layer = model.model.layers[0].mlp.up_proj
@@ -205,9 +211,11 @@ def test_compiled_before_and_after():
     apply_aira(model, lambda: model(**batch))
     train(model, batch)
     expected = logits_of(model, batch)
+    names = aira_state_dict(model).keys()
     model.model.layers[0] = torch.compile(model.model.layers[0], backend="aot_eager")
     compiled = torch.compile(model, backend="aot_eager")
     close(logits_of(compiled, batch), expected)
+    assert aira_state_dict(compiled).keys() == names
     load_aira(base, aira_state_dict(compiled))
     close(logits_of(torch.compile(base, backend="aot_eager"), batch), expected)
 
