@@ -144,9 +144,9 @@ def outlier_weighted_svd(
 
 # ---- 3. The layer, and its gains ---------------------------------------------------------------
 # For white z, feature i adds to E|W x|^2 in proportion to sigma_i^2: we take this for significance.
-# The layer multiplies it by a gain g_i in proportion to sqrt(sigma_i).  A step of Adam is about
-# equally large for all entries of B, so it changes the output through feature i in proportion to
-# g_i.  The square root is by analogy with PiSSA: its A and B each start with sqrt(sigma_i).
+# The layer multiplies feature i by a gain g_i in proportion to sqrt(sigma_i).  A step of Adam is
+# about equally large for all entries of B, so it changes the output through feature i in proportion
+# to g_i.  The square root is by analogy with PiSSA: its A and B each start with sqrt(sigma_i).
 
 MEAN_GAIN = 4.0  # scales the adapter, as LoRA's alpha / r does
 
